@@ -11,10 +11,10 @@ can be copied alone into another project.
 Principle. A *layer* is a call of a linear map with a learned weight (torch.nn.Linear, torch.nn.Conv1d, 2d, 3d and their
 subclasses). Everything else a network is made of (biases, normalisation, activations, pooling, additions, reshaping) is
 differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the layer's input
-through the transpose of its current weight; a rule sends something else there. That, and which activity the layer's own
-weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at the network's
-output, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the layer, and an index 0
-for what the same network computes and sends back with all of its initial parameters (section 4 of the paper):
+through the transpose of its current weight; a rule sends something else there. That, and which activity the layer's
+own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at the network's
+output, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the layer, and an index
+0 for what the same network computes and sends back with all of its initial parameters (section 4 of the paper):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -109,7 +109,7 @@ class _Broadcast(torch.autograd.Function):
 
 
 def couple(value: Tensor, path: Tensor) -> Tensor:
-    """`value + path - sg(path)` with sg the stop-gradient: the value of `value`, bit for bit; its gradient goes to both.
+    """`value + path - sg(path)`, sg the stop-gradient: the value of `value`, bit for bit; its gradient goes to both.
 
     Both tensors have the same shape.
     """
@@ -391,7 +391,8 @@ class DirectFeedbackAlignment(Rule):
         outputs = output[0].numel()
         shapes = [(outputs, *activity.shape[1:]) for activity in activities]
         given = [tuple(B.shape) for B in self.feedback]
-        if len(given) != len(shapes) or any(B not in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=True)):
+        fits = [B in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=False)]
+        if len(given) != len(shapes) or not all(fits):
             raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):

@@ -24,7 +24,9 @@ class Parameterised:
 
     def parameterise(self, parameterisation: str, fan_in: int) -> None:
         if parameterisation not in PARAMETERISATIONS:
-            raise ValueError(f"parameterisation must be one of {', '.join(PARAMETERISATIONS)}, not {parameterisation!r}")
+            raise ValueError(
+                f"parameterisation must be one of {', '.join(PARAMETERISATIONS)}, not {parameterisation!r}"
+            )
         self.parameterisation, self.fan_in = parameterisation, fan_in
 
     def used_weight(self) -> Tensor:
@@ -136,7 +138,9 @@ class ConvolutionalNetwork(nn.Module):
         parameterisation: "ntk" or "standard".
     """
 
-    def __init__(self, channels: int, width: int, strides: tuple[int, ...], classes: int, parameterisation: str = "ntk"):
+    def __init__(
+        self, channels: int, width: int, strides: tuple[int, ...], classes: int, parameterisation: str = "ntk"
+    ):
         super().__init__()
         inputs = (channels, *[width] * (len(strides) - 1))
         self.blocks = nn.Sequential(

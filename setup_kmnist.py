@@ -1,0 +1,67 @@
+"""Get and read KMNIST: 70000 handwritten cursive Japanese characters of 10 kinds.
+
+    python3 setup_kmnist.py [--data-dir data] [--url BASE]
+
+Clanuwat et al., "Deep Learning for Classical Japanese Literature", 2018, arXiv 1812.01718; data by the Center for Open
+Data in the Humanities, CC BY-SA 4.0. Four gzip files in IDX format: two zero bytes, a type (8: unsigned bytes), the
+number of dimensions, each dimension as a big-endian 32-bit integer, then the bytes, the last dimension running fastest.
+"""
+
+import gzip
+import math
+import struct
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from wide.datasets import ImageDataset, setup
+
+
+class KMNIST(ImageDataset):
+    """60000 training and 10000 test images, 28x28 in grey; see `ImageDataset`."""
+
+    name = "kmnist"
+    title = "KMNIST"
+    image_shape = (1, 28, 28)
+    directory = "kmnist"
+    train_files = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+    test_files = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+    url = "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"
+    md5: ClassVar = {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    }
+
+    def read(self, paths: tuple[Path, ...]) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = self.read_idx(paths[0], self.image_shape[1:]), self.read_idx(paths[1], ())
+        self.check_labels(labels, paths[1])
+        if len(images) != len(labels):
+            raise self.damaged(f"do not belong together: {len(images)} images, {len(labels)} labels", *paths)
+        return images[:, None], labels
+
+    def read_idx(self, path: Path, item_shape: tuple[int, ...]) -> np.ndarray:
+        """The uint8 array (n, *item_shape) in an IDX gzip file.
+
+        Raises:
+            UserError: the file does not hold that.
+        """
+        content = self.content(path, gzip.open)
+        dimensions = 1 + len(item_shape)
+        start = 4 + 4 * dimensions
+        if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
+            raise self.damaged(f"is no IDX file of bytes in {dimensions} dimensions", path)
+        shape = struct.unpack(f">{dimensions}I", content[4:start])
+        if shape[1:] != item_shape:
+            raise self.damaged(f"holds images of {shape[1:]} pixels, not {item_shape}", path)
+        size, announced = len(content) - start, math.prod(shape)
+        if size != announced:
+            raise self.damaged(f"holds {size} bytes of data, not {announced} as its header says", path)
+        return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # a copy that can be written to
+
+
+if __name__ == "__main__":
+    sys.exit(setup(KMNIST))

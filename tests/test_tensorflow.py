@@ -1,0 +1,156 @@
+"""Every rule's output and gradients against the TensorFlow reference, far from the initial parameters."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import align_rules
+from wide import networks
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is first imported
+pytest.importorskip("tensorflow")
+
+from tests import tensorflow_reference as reference  # noqa: E402
+
+BATCH, CHANNELS, WIDTH, CLASSES, TIME = 6, 3, 5, 4, 7
+
+# (rows, columns) of the images, strides of the blocks. One size is odd and one even, so stride 2 pads one axis on both
+# sides and the other at its end only. Stride 4 passes over pixels.
+CONVOLUTIONAL = {"strides 1 2 2": ((7, 8), (1, 2, 2)), "strides 4 1 2": ((12, 9), (4, 1, 2))}
+
+# The published rule leaves the readout of the initial network uncoupled.
+RECURRENT_OPTIONS = {
+    "last_layer": {"learns": ("readout", "initial_state")},
+    "align_zero": {"live": ("initial_state",)},
+    "align_ada corrected": {"coupling": "activity", "live": ("initial_state",)},
+    "align_ada published": {"coupling": "activity", "live": ("initial_state",), "uncoupled": ("readout",)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Random parameters in float64, none of them zero, with the spread that the parameterisation asks for."""
+    for module in network.double().modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            drawn = randn(*parameter.shape)
+            parameter.data.copy_(module.stored(drawn) if name == "weight" else drawn)
+    return network
+
+
+def move(network: nn.Module) -> None:
+    """Take the parameters clearly away from where a rule saw them."""
+    for parameter in network.parameters():
+        parameter.data.add_(0.7 * parameter.square().mean().sqrt() * torch.randn_like(parameter))
+
+
+def arranged(tensor: Tensor) -> np.ndarray:
+    """A copy of a weight, bias or feedback weight in TensorFlow's layout: (out, in, rows, columns), out and in last."""
+    axes = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}[tensor.dim()]
+    return tensor.detach().permute(axes).numpy().copy()
+
+
+def in_order(tensors: dict[str, Tensor | None]) -> list[np.ndarray | None]:
+    """Parameters or gradients by name, as the reference lists them."""
+    tensors = {name: t.T if name == "initial_state" else t for name, t in tensors.items()}  # (batch, width) stays so
+    return [None if tensor is None else arranged(tensor) for tensor in tensors.values()]
+
+
+def parameters(network: nn.Module) -> list[np.ndarray]:
+    return in_order(dict(network.named_parameters()))
+
+
+def layer_feedback(network: nn.Module) -> dict[str, Tensor]:
+    return {name: randn(*weight.shape) * weight.std() for name, weight in align_rules.layer_weights(network).items()}
+
+
+def assert_close(computed: np.ndarray, expected: np.ndarray) -> None:
+    """Relative to the largest entry; absolute where that is rounding, as for biases in front of a normalisation."""
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-9 * (largest if largest > 1e-12 else 1))
+
+
+def assert_follows(network: nn.Module, output: Tensor, expected) -> None:
+    """The network holds the reference's gradients, and none where the reference has none."""
+    assert_close(output.detach().numpy(), expected[0])
+    computed = in_order({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert [g is None for g in computed] == [g is None for g in expected[1]]
+    for gradient, expected_gradient in zip(computed, expected[1], strict=True):
+        if gradient is not None:
+            assert_close(gradient, expected_gradient)
+
+
+def image_network(kind: str, parameterisation: str) -> tuple[nn.Module, Tensor, list[tuple[int, ...]]]:
+    """A network, a batch for it, and the shape of every block's activity."""
+    if kind == "dense":
+        network = networks.FullyConnectedNetwork(CHANNELS, WIDTH, CLASSES, 3, parameterisation)
+        return randomise(network), randn(BATCH, CHANNELS), [(WIDTH,)] * 3
+    (rows, columns), strides = CONVOLUTIONAL[kind]
+    steps = np.cumprod(strides)
+    shapes = [(WIDTH, -(-rows // step), -(-columns // step)) for step in steps]
+    network = networks.ConvolutionalNetwork(CHANNELS, WIDTH, strides, CLASSES, parameterisation)
+    return randomise(network), randn(BATCH, CHANNELS, rows, columns), shapes
+
+
+@pytest.mark.parametrize("parameterisation", networks.PARAMETERISATIONS)
+@pytest.mark.parametrize("kind", [*CONVOLUTIONAL, "dense"])
+@pytest.mark.parametrize("rule_name", [*align_rules.RULES, "dfa pooled"])
+def test_images(rule_name, kind, parameterisation):
+    network, images, shapes = image_network(kind, parameterisation)
+    feedback = {
+        "fa": layer_feedback(network),
+        "dfa": [randn(CLASSES, *shape) for shape in shapes],
+        "dfa pooled": [randn(CLASSES, WIDTH) for _ in shapes],
+    }.get(rule_name)
+    name, theta0, targets = rule_name.split()[0], parameters(network), randn(BATCH, CLASSES)
+    rule = align_rules.RULES[name](network, **({"feedback": feedback} if feedback else {}))
+    move(network)
+
+    output = rule(images)
+    ((output - targets) ** 2).mean().backward()
+
+    weights = feedback.values() if isinstance(feedback, dict) else feedback or ()
+    strides = CONVOLUTIONAL[kind][1] if kind in CONVOLUTIONAL else (1, 1, 1)
+    expected = reference.gradients(
+        getattr(reference.Layered(strides, ntk=parameterisation == "ntk"), name),
+        reference.image_loss(targets.numpy()),
+        images.movedim(1, -1).numpy(),
+        parameters(network),
+        theta0,
+        [arranged(B) for B in weights],
+    )
+    assert_follows(network, output, expected)
+
+
+@pytest.mark.parametrize("rule_name", ["backprop", "fa", "align_prop", *RECURRENT_OPTIONS])
+def test_recurrent(rule_name):
+    network = randomise(networks.RecurrentNetwork(WIDTH, BATCH))
+    sequences, targets = randn(BATCH, TIME), randn(BATCH, TIME)
+    feedback = layer_feedback(network) if rule_name == "fa" else {}
+    options = RECURRENT_OPTIONS.get(rule_name, {}) | ({"feedback": feedback} if feedback else {})
+    name, theta0 = rule_name.split()[0], parameters(network)
+    rule = align_rules.RULES[name](network, **options)
+    move(network)
+
+    output = rule(sequences)
+    ((output - targets) ** 2).mean(0).sum().backward()
+
+    expected = reference.gradients(
+        getattr(reference.Recurrent(corrected=not rule_name.endswith("published")), name),
+        reference.add_loss(targets.numpy()),
+        sequences.numpy(),
+        parameters(network),
+        theta0,
+        [arranged(B) for B in feedback.values()],
+    )
+    assert_follows(network, output, expected)

@@ -1,0 +1,42 @@
+"""What the paper trained on the Add task: recurrent networks that add two earlier inputs of a binary sequence.
+
+Recurrent networks of width n, T = 100 steps, 300 training and 100 test sequences; SGD, learning rate 0.001, batch 50.
+The table gives the best (lowest) training / test loss over the epochs, beside the loss of guessing 0.5.
+"""
+
+import sys
+
+from wide.experiments import Experiment, Subject, main
+from wide.report import BEST_LOSS
+from wide.tasks import AddTask
+
+EXPERIMENTS = {
+    1: Experiment(
+        title="Add task: loss against width (the paper's recurrent networks)",
+        rules=("backprop", "align_ada", "align_zero", "last_layer"),
+        widths=(8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+        learning_rates=(0.001,),
+        epochs=200,
+        quick={"widths": (16, 64, 256), "epochs": 20},
+    ),
+}
+
+
+def guessing(arguments) -> dict[str, dict[str, float]]:
+    task = AddTask(arguments.variant, "cpu")
+    return {"guessing 0.5": {"train_loss": task.chance("train"), "test_loss": task.chance("test")}}
+
+
+SUBJECT = Subject(
+    dataset="add",
+    task=lambda arguments, device: AddTask(arguments.variant, device),
+    networks=("rnn",),
+    variants=("published", "corrected"),
+    batch_size=50,
+    measured=BEST_LOSS,
+    references=guessing,
+    unsuited={"dfa": "direct feedback is not defined for the recurrent network; choose other rules"},
+)
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, SUBJECT, EXPERIMENTS))

@@ -1,0 +1,284 @@
+"""One run: what identifies it, and the folder that keeps it.
+
+outputs/<dataset>/<name>/ holds config.json (the identity, and where and with what each session trained), metrics.csv
+(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically) and, after a failure,
+error.txt.
+
+The number of epochs is not part of the identity: with a constant learning rate it decides how far a run goes, not what
+its numbers are, so a longer experiment goes on where a shorter one stopped, and a shorter one reads its first epochs.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from wide import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs work, but two processes must not share one
+    fcntl = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that determines a run's numbers. Settings at their usual value do not appear in its name."""
+
+    dataset: str
+    network: str  # cnn, mlp or rnn
+    rule: str
+    width: int
+    learning_rate: float
+    seed: int
+    batch_size: int
+    data_limit: int | None = None
+    optimizer: str = "sgd"
+    parameterisation: str = "ntk"
+    variant: str | None = None
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        words = [self.network, self.rule, f"width{self.width}", f"lr{self.learning_rate:g}", f"seed{self.seed}"]
+        words.append(f"batch{self.batch_size}")
+        if self.data_limit is not None:
+            words.append(f"images{self.data_limit}")
+        unusual = {"sgd", "ntk", None, "fp32"}
+        words += [
+            word
+            for word in (self.parameterisation, self.optimizer, self.variant, self.precision)
+            if word not in unusual
+        ]
+        return "-".join(words)
+
+
+def effective_batch(batch_size: int, data_limit: int | None) -> int:
+    """The batch size for limited data, so that the data are a whole number of batches (spec: published rule)."""
+    if data_limit is None:
+        return batch_size
+    return data_limit if batch_size > data_limit else math.gcd(batch_size, data_limit)
+
+
+class Busy(Exception):
+    """Another process is training this run."""
+
+
+class RunFolder:
+    """The files of one run. Nothing is created before the run is trained."""
+
+    def __init__(self, outputs: Path, run: Run):
+        self.run = run
+        self.path = Path(outputs) / run.dataset / run.name
+        self.config_path = self.path / "config.json"
+        self.metrics_path = self.path / "metrics.csv"
+        self.checkpoint_path = self.path / "checkpoint.pt"
+        self.error_path = self.path / "error.txt"
+
+    # --- what is there
+
+    def config(self) -> dict:
+        """config.json, or an empty dict.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if not self.config_path.exists():
+            return {}
+        try:
+            return json.loads(self.config_path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.config_path} cannot be read ({error}); delete {self.path} to train anew") from error
+
+    def rows(self) -> list[dict[str, float]]:
+        """The whole rows of metrics.csv; a last one that was cut off in writing is left out."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(whole)]
+
+    def status(self, epochs: int) -> str:
+        """done, diverged, failed (at epoch k), at epoch k, or missing."""
+        rows = self.rows()
+        if rows and not math.isfinite(rows[-1]["train_loss"]) and len(rows) <= epochs:
+            return "diverged"
+        if len(rows) >= epochs:
+            return "done"
+        failed = "failed " if self.error_path.exists() else ""
+        return f"{failed}at epoch {len(rows)}" if rows or failed else "missing"
+
+    # --- writing
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Hold the run for this process; the folder is made where it is missing.
+
+        Raises:
+            Busy: another process holds it.
+            UserError: the folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            with writing(self.path):
+                file = stack.enter_context(open(self.path / ".lock", "w"))
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise Busy from error
+            yield
+
+    def check(self, fingerprint: str) -> None:
+        """
+        Raises:
+            UserError: the folder holds a run with other settings or other data.
+        """
+        config, mine = self.config(), self.identity(fingerprint)
+        theirs = config.get("run", mine)
+        if differing := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
+            was = ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
+            raise UserError(f"{self.path} was trained with {was}; use another --outputs folder or delete it")
+
+    def identity(self, fingerprint: str) -> dict:
+        return {**dataclasses.asdict(self.run), "data": fingerprint}
+
+    def begin_session(self, fingerprint: str, device: str) -> None:
+        """Record in config.json the session that starts.
+
+        Raises:
+            UserError: as `check`, or the folder cannot be written.
+        """
+        self.check(fingerprint)
+        session = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "from_epoch": len(self.rows()),
+            "device": device,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "commit": git_commit(),
+        }
+        sessions = [*self.config().get("sessions", []), session]
+        config = {"run": self.identity(fingerprint), "sessions": sessions}
+        with writing(self.path):
+            replace(self.config_path, lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
+            self.error_path.unlink(missing_ok=True)
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row to metrics.csv; it is on disk when this returns."""
+        new = not self.metrics_path.exists()
+        with open(self.metrics_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def keep(self, epochs: int) -> None:
+        """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers."""
+        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
+        if lines and lines[epochs + 1 :]:
+            replace(self.metrics_path, lambda file: file.write("".join(lines[: epochs + 1]).encode()))
+
+    def save(self, checkpoint: dict) -> None:
+        replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
+
+    def load(self, device: torch.device) -> dict | None:
+        """The checkpoint, or None where the run has not begun.
+
+        Raises:
+            UserError: it cannot be read, or is gone although epochs were trained.
+        """
+        if not self.checkpoint_path.exists():
+            if self.rows():
+                raise UserError(f"{self.checkpoint_path} is missing, so the run cannot go on; delete {self.path}")
+            return None
+        try:
+            return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise UserError(f"{self.checkpoint_path} cannot be read ({what}); delete {self.path}") from error
+
+
+@contextlib.contextmanager
+def writing(folder: Path):
+    """Make a folder, for writing into it.
+
+    Raises:
+        UserError: it, or what the caller does with it, fails for reasons of the file system.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another --outputs") from error
+
+
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Thrift:
+    """Says when to save again, so that saving takes at most a twentieth of the time."""
+
+    def __init__(self):
+        self.cost = self.last = 0.0
+
+    def due(self) -> bool:
+        return time.perf_counter() - self.last >= 20 * self.cost
+
+    @contextlib.contextmanager
+    def saving(self):
+        start = time.perf_counter()
+        yield
+        self.last = time.perf_counter()
+        self.cost = self.last - start
+
+
+def pack_stream(stream: np.random.RandomState) -> dict:
+    """The state of a NumPy generator, in types that torch.load takes with weights_only=True."""
+    kind, keys, position, has_gauss, cached = stream.get_state()
+    keys = torch.from_numpy(keys.astype(np.int64))
+    return {"kind": kind, "keys": keys, "position": position, "has_gauss": has_gauss, "cached": cached}
+
+
+def unpack_stream(packed: dict) -> np.random.RandomState:
+    stream = np.random.RandomState()
+    keys = packed["keys"].cpu().numpy().astype(np.uint32)
+    stream.set_state((packed["kind"], keys, packed["position"], packed["has_gauss"], packed["cached"]))
+    return stream
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a plus where files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _number(text: str) -> float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
