@@ -12,9 +12,10 @@ Principle. A *layer* is a call of a linear map with a learned weight (torch.nn.L
 subclasses). Everything else a network is made of (biases, normalisation, activations, pooling, additions, reshaping) is
 differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the layer's input
 through the transpose of its current weight; a rule sends something else there. That, and which activity the layer's
-own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at the network's
-output, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the layer, and an index
-0 for what the same network computes and sends back with all of its initial parameters (section 4 of the paper):
+own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at the output
+of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the layer, and
+an index 0 for what the same network computes and sends back with all of its initial parameters (section 4 of the
+paper):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -

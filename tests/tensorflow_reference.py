@@ -1,17 +1,16 @@
 """The learning rules written out in TensorFlow, float64, as their equations define them with stop-gradients.
 
 An independent statement of what align_rules.py computes: explicit copies of the network at theta (current) and theta0
-(initial), and automatic differentiation. Slow and plain on purpose. A rule is a method
+(initial), and automatic differentiation. Slow and plain on purpose. A rule is a method of a network,
 
-    output = rule(inputs, theta, theta0, feedback)
+    output = network.rule(inputs, theta, theta0, feedback)
 
-and `gradients` differentiates a loss of that output. theta and theta0 are flat lists of parameters in TensorFlow's
+and `gradients` differentiates the loss of that output. theta and theta0 are flat lists of parameters in TensorFlow's
 layout: convolutions (row, column, input, output), dense weights (input, output); feedback weights likewise.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -23,7 +22,7 @@ sg = tf.stop_gradient
 relu = tf.nn.relu
 
 
-def gradients(rule: Callable, loss: Callable, inputs, theta, theta0, feedback):
+def gradients(network, rule: str, inputs, targets, theta, theta0, feedback):
     """The rule's output, and the gradient of its loss for every parameter: None where the loss does not reach it.
 
     What reaches a parameter of theta0 is applied to its namesake in theta; a rule that keeps theta0 fixed stops it.
@@ -31,21 +30,11 @@ def gradients(rule: Callable, loss: Callable, inputs, theta, theta0, feedback):
     theta, theta0, feedback = ([tf.constant(t) for t in tensors] for tensors in (theta, theta0, feedback))
     with tf.GradientTape() as tape:
         tape.watch([theta, theta0])
-        output = rule(tf.constant(inputs), theta, theta0, feedback)
-        value = loss(output)
-    namesakes = zip(*tape.gradient(value, [theta, theta0]), strict=True)
+        output = getattr(network, rule)(tf.constant(inputs), theta, theta0, feedback)
+        loss = network.loss(output, targets)
+    namesakes = zip(*tape.gradient(loss, [theta, theta0]), strict=True)
     reached = ([gradient for gradient in pair if gradient is not None] for pair in namesakes)
     return output.numpy(), [tf.add_n(found).numpy() if found else None for found in reached]
-
-
-def image_loss(targets) -> Callable:
-    """Squared error, mean over batch and classes."""
-    return lambda output: tf.reduce_mean((output - targets) ** 2)
-
-
-def add_loss(targets) -> Callable:
-    """Squared error, mean over the batch, summed over time; (batch, time)."""
-    return lambda output: tf.reduce_sum(tf.reduce_mean((output - targets) ** 2, axis=0))
 
 
 def along(path, value):
@@ -79,11 +68,13 @@ class Layered:
     strides: tuple[int, ...]
     ntk: bool
 
+    def loss(self, output, targets):
+        """Squared error, mean over batch and classes."""
+        return tf.reduce_mean((output - targets) ** 2)
+
     def op(self, activity, weight, stride=1):
-        if weight.shape.rank == 4:
-            result = tf.nn.conv2d(activity, weight, stride, "SAME")
-        else:
-            result = activity @ weight
+        dense = weight.shape.rank == 2
+        result = activity @ weight if dense else tf.nn.conv2d(activity, weight, stride, "SAME")
         return result / math.sqrt(math.prod(weight.shape[:-1])) if self.ntk else result
 
     def blocks(self, theta):
@@ -150,6 +141,10 @@ class Recurrent:
     """
 
     corrected: bool = True
+
+    def loss(self, output, targets):
+        """Squared error of (batch, time), mean over the batch, summed over time."""
+        return tf.reduce_sum(tf.reduce_mean((output - targets) ** 2, axis=0))
 
     def op(self, state, weight):
         return state @ weight / math.sqrt(weight.shape[0])

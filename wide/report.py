@@ -147,7 +147,7 @@ def make_cell(summaries: Iterable[Summary], measured: Measured) -> Cell:
     }
     if not through:
         states = dict.fromkeys(summary.status for summary in summaries)
-        return Cell((), None, "diverged" if "diverged" in states else ", ".join(states))
+        return Cell((), None, "diverged" if "diverged" in states else ", ".join(states) or "-")
     pick = max if measured.higher else min
     return pick(through.values(), key=lambda cell: cell.mean(measured.choice))
 

@@ -1,0 +1,108 @@
+"""Tables: which learning rate is chosen, what is averaged, what diverged and missing runs look like."""
+
+import csv
+import io
+import statistics
+
+import pytest
+
+from wide.figures import draw_figure
+from wide.report import ACCURACY, BEST_LOSS, RULE_NAMES, Summary, as_csv, make_table, markdown
+from wide.runs import Run, RunFolder
+
+
+def summary(rule="backprop", width=8, rate=1.0, seed=99, validation=0.5, test=0.4, status="done", limit=None):
+    run = Run("kmnist", "cnn", rule, width, rate, seed, 100, data_limit=limit)
+    final = {"validation_accuracy": validation, "test_accuracy": test} if status == "done" else {}
+    return Summary(run, status, 10, final, final, 12.5, "data", "cpu")
+
+
+def rows_of(text):
+    return {cells[0]: cells[1:] for line in text.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])}
+
+
+def text_of(summaries, against="width", measured=ACCURACY, references=None):
+    return markdown("title", make_table(against, summaries, measured), measured, summaries, references or {})
+
+
+def test_the_learning_rate_is_chosen_on_validation_not_on_test():
+    summaries = [summary(rate=1, validation=0.6, test=0.3), summary(rate=2, validation=0.5, test=0.9)]
+    assert rows_of(text_of(summaries))["Backprop"] == ["60.0 / 30.0 (lr 1)"]
+
+
+def test_one_learning_rate_is_not_repeated_in_every_cell():
+    assert rows_of(text_of([summary(), summary(width=16)]))["Backprop"] == ["50.0 / 40.0", "50.0 / 40.0"]
+
+
+def test_seeds_are_averaged_with_their_spread():
+    accuracies = [0.5, 0.6, 0.64]
+    summaries = [summary(seed=s, validation=a, test=a) for s, a in enumerate(accuracies)]
+    mean, deviation = 100 * statistics.mean(accuracies), 100 * statistics.stdev(accuracies)
+    once = f"{mean:.1f} ± {deviation:.1f}"
+    assert rows_of(text_of(summaries))["Backprop"] == [f"{once} / {once} (n=3)"]
+
+
+def test_a_learning_rate_that_diverged_for_one_seed_is_not_chosen():
+    summaries = [
+        summary(rate=5, seed=1, validation=0.9),
+        summary(rate=5, seed=2, status="diverged"),
+        summary(rate=1, seed=1, validation=0.5),
+        summary(rate=1, seed=2, validation=0.5),
+    ]
+    assert "lr 1" in rows_of(text_of(summaries))["Backprop"][0]
+
+
+def test_cells_without_a_finished_run_say_why():
+    summaries = [summary(status="diverged"), summary(width=16, status="failed at epoch 2"), summary(rule="fa")]
+    cells = rows_of(text_of(summaries))
+    assert cells["Backprop"] == ["diverged", "failed at epoch 2"]
+    assert cells["FA"] == ["50.0 / 40.0", "-"]
+
+
+def test_other_axes_become_sections():
+    summaries = [summary(width=w, rate=r) for w in (8, 256) for r in (0.5, 5)]
+    text = text_of(summaries, against="learning_rate")
+    assert "## width 8" in text
+    assert "## width 256" in text
+    assert "| rule | lr 0.5 | lr 5 |" in text
+
+
+def test_losses_choose_the_lowest_and_show_references():
+    def lost(width, train, test):
+        values = {"train_loss": train, "test_loss": test}
+        return Summary(Run("add", "rnn", "backprop", width, 0.001, 99, 50), "done", 3, {}, values, 1.0, "add", "cpu")
+
+    references = {"guessing 0.5": {"train_loss": 9.36, "test_loss": 9.31}}
+    cells = rows_of(text_of([lost(8, 2.5, 2.6), lost(16, 1.5, 1.6)], measured=BEST_LOSS, references=references))
+    assert cells["Backprop"] == ["2.5 / 2.6", "1.5 / 1.6"]
+    assert cells["guessing 0.5"] == ["9.36 / 9.31"] * 2
+
+
+@pytest.mark.parametrize(("measured", "best"), [(ACCURACY, (0.7, 0.2)), (BEST_LOSS, (0.4, 0.1))])
+def test_best_values(tmp_path, measured, best):
+    """Accuracies at the epoch of the best validation accuracy; losses each at its own lowest. The 4th is not asked."""
+    folder = RunFolder(tmp_path, Run("kmnist", "cnn", "backprop", 8, 1.0, 99, 100))
+    folder.path.mkdir(parents=True)
+    names = measured.shown
+    for epoch, values in enumerate([(0.5, 0.3), (0.7, 0.2), (0.4, 0.1), (0.9, 0.05)], start=1):
+        folder.append({"epoch": epoch, "train_loss": 1.0, **dict(zip(names, values, strict=True)), "seconds": 2.0})
+    read = Summary.read(folder, 3, measured)
+    assert tuple(read.best[name] for name in names) == best
+    assert tuple(read.final[name] for name in names) == (0.4, 0.1)
+    assert (read.epochs, read.seconds, read.status) == (3, 6.0, "done")
+
+
+def test_csv_has_every_setting_and_metric():
+    (row,) = csv.DictReader(io.StringIO(as_csv([summary(rate=0.5)])))
+    assert row["learning_rate"] == "0.5"
+    assert row["final_test_accuracy"] == row["best_test_accuracy"] == "0.4"
+    assert {"rule", "seed", "precision", "seconds", "status", "device"} <= row.keys()
+
+
+def test_figures_are_drawn(tmp_path):
+    summaries = [summary(rule=rule, width=w) for rule in RULE_NAMES for w in (8, 16)] + [
+        summary(rule="fa", width=32, status="diverged")
+    ]
+    path = tmp_path / "figure.png"
+    draw_figure(path, "title", make_table("width", summaries, ACCURACY), ACCURACY, {})
+    assert path.read_bytes().startswith(b"\x89PNG")

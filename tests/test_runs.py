@@ -1,0 +1,176 @@
+"""One run's folder: resume, divergence, damage, and two processes at once."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from wide import UserError
+from wide.runs import Busy, Run, RunFolder, Thrift, effective_batch, pack_stream, unpack_stream
+from wide.tasks import AddTask
+from wide.training import Training, train
+
+RUN = Run("add", "rnn", "align_ada", width=8, learning_rate=0.001, seed=99, batch_size=50, variant="published")
+
+
+@pytest.fixture
+def task():
+    return AddTask("published", torch.device("cpu"))
+
+
+def without_seconds(folder):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in folder.rows()]
+
+
+def parameters(folder):
+    return folder.load(torch.device("cpu"))["rule"]
+
+
+def assert_same(first, second):
+    assert without_seconds(first) == without_seconds(second)
+    mine, theirs = parameters(first), parameters(second)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_run_leaves_its_files(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    assert folder.status(3) == "missing"
+    assert not folder.path.exists()
+    train(task, folder, 3)
+    assert folder.status(3) == "done"
+    assert folder.metrics_path.read_text().splitlines()[0] == "epoch,train_loss,test_loss,seconds"
+    config = folder.config()
+    assert config["run"]["rule"] == "align_ada"
+    assert config["run"]["data"] == "add-published"
+    assert {"started", "device", "torch", "numpy", "commit"} <= config["sessions"][0].keys()
+
+
+def test_a_longer_experiment_goes_on_where_a_shorter_one_stopped(task, tmp_path):
+    whole, parts = RunFolder(tmp_path / "whole", RUN), RunFolder(tmp_path / "parts", RUN)
+    train(task, whole, 4)
+    train(task, parts, 1)
+    assert parts.status(4) == "at epoch 1"
+    train(task, parts, 4)
+    assert_same(whole, parts)
+    assert [session["from_epoch"] for session in parts.config()["sessions"]] == [0, 1]
+
+
+def test_rows_without_a_checkpoint_are_trained_again(task, tmp_path):
+    """As after a kill between a row and its checkpoint, with a last row that was cut off in writing."""
+    whole, cut = RunFolder(tmp_path / "whole", RUN), RunFolder(tmp_path / "cut", RUN)
+    train(task, whole, 4)
+    train(task, cut, 2)
+    with open(cut.metrics_path, "a") as file:
+        file.write("3,1.25,1.5,0.1\n4,1.2")
+    assert len(cut.rows()) == 3
+    train(task, cut, 4)
+    assert_same(whole, cut)
+
+
+def test_diverged_runs_stop_and_stay(task, tmp_path):
+    folder = RunFolder(tmp_path, Run("add", "rnn", "backprop", 64, 10.0, 99, 50, variant="published"))
+    train(task, folder, 50)
+    rows = folder.rows()
+    assert folder.status(50) == "diverged"
+    assert len(rows) < 50
+    assert not math.isfinite(rows[-1]["train_loss"])
+    assert all(math.isfinite(row["train_loss"]) for row in rows[:-1])
+
+
+def test_other_settings_or_data_in_the_folder(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    task.fingerprint = "other data"
+    with pytest.raises(UserError, match="trained with data 'add-published' instead of 'other data'"):
+        train(task, folder, 2)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_damaged_checkpoints_are_no_fresh_start(task, tmp_path, damage):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    if damage == "truncate":
+        folder.checkpoint_path.write_bytes(folder.checkpoint_path.read_bytes()[:1000])
+    else:
+        folder.checkpoint_path.unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt .*delete"):
+        train(task, folder, 2)
+    assert len(folder.rows()) == 1
+
+
+def test_damaged_config(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    folder.config_path.write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read .*delete"):
+        train(task, folder, 2)
+
+
+def test_one_process_at_a_time(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    with folder.locked(), pytest.raises(Busy):
+        train(task, folder, 1)
+    train(task, folder, 1)
+    assert folder.status(1) == "done"
+
+
+def test_checkpoints_load_without_unpickling_code(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    state = torch.load(folder.checkpoint_path, weights_only=True)
+    assert {"epoch", "rule", "optimizer", "stream"} == state.keys()
+    assert any(name.startswith("initial.") for name in state["rule"])
+
+
+@pytest.mark.parametrize("rule", ["backprop", "last_layer", "fa", "align_prop", "align_ada", "align_zero"])
+def test_restored_training_continues_to_the_same_numbers(task, rule):
+    run = Run("add", "rnn", rule, 8, 0.001, 99, 50, variant="corrected")
+    whole, first, second = (Training(task, run) for _ in range(3))
+    rows = [whole.train_epoch() for _ in range(3)]
+    first.train_epoch()
+    second.restore(first.state())
+    assert second.train_epoch()["test_loss"] == rows[1]["test_loss"]
+    assert second.train_epoch()["train_loss"] == rows[2]["train_loss"]
+
+
+def test_streams_survive_packing():
+    stream = np.random.RandomState(5)
+    stream.normal(size=3)  # leaves a second normal value cached
+    copy = unpack_stream(pack_stream(stream))
+    assert copy.normal() == stream.normal()
+    assert (copy.permutation(100) == stream.permutation(100)).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "expected"), [(100, None, 100), (100, 45, 45), (100, 150, 50), (100, 450, 50), (100, 1500, 100)]
+)
+def test_batch_size_of_limited_data(batch, limit, expected):
+    assert effective_batch(batch, limit) == expected
+
+
+def test_names_tell_runs_apart():
+    unusual = Run(
+        "cifar", "mlp", "fa", 8, 0.5, 1, 50, data_limit=450, optimizer="adam", parameterisation="standard",
+        precision="bf16",
+    )  # fmt: skip
+    assert unusual.name == "mlp-fa-width8-lr0.5-seed1-batch50-images450-standard-adam-bf16"
+    assert RUN.name == "rnn-align_ada-width8-lr0.001-seed99-batch50-published"
+
+
+def test_saving_takes_a_small_share_of_the_time():
+    thrift = Thrift()
+    assert thrift.due()
+    thrift.cost, thrift.last = 1e6, 0.0
+    assert not thrift.due()
+
+
+def test_metrics_are_written_at_full_precision(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    with open(folder.metrics_path) as file:
+        row = next(csv.DictReader(file))
+    assert float(row["test_loss"]) == folder.rows()[0]["test_loss"]
+    assert len(row["test_loss"]) > 10

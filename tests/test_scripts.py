@@ -1,0 +1,269 @@
+"""The scripts as their users run them: real processes, tiny grids, wrong command lines, missing and broken data."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_data import made_up, write_kmnist
+
+from wide.runs import Run, RunFolder
+
+ROOT = Path(__file__).parents[1]
+RULES = ["backprop", "last_layer", "fa", "dfa", "align_prop", "align_ada", "align_zero"]
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+
+
+def script(name, *arguments, **keywords):
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    environment = {**os.environ, **NO_NETWORK}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **keywords)
+
+
+@pytest.fixture(scope="module")
+def kmnist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_kmnist(folder, *made_up(300, (28, 28), seed=1), *made_up(60, (28, 28), seed=2))
+    return folder
+
+
+def tiny(kmnist, outputs, *arguments):
+    options = ["--widths", 4, "--learning-rates", 1, "--epochs", 2, "--batch-size", 50]
+    return [*options, "--data-dir", kmnist, "--outputs", outputs, *arguments]
+
+
+@pytest.mark.parametrize("network", ["cnn", "mlp"])
+def test_train_kmnist_end_to_end(kmnist, tmp_path, network):
+    arguments = tiny(kmnist, tmp_path, "--rules", *RULES, "--network", network)
+    done = script("train_kmnist.py", 1, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # bars are for terminals
+    assert sum(": done at epoch 2" in line for line in done.stdout.splitlines()) == len(RULES)
+    with open(tmp_path / "kmnist" / "experiment_1.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rule"] for row in rows] == RULES
+    assert {row["status"] for row in rows} == {"done"}
+    assert all(0 <= float(row["final_test_accuracy"]) <= 1 for row in rows)
+    assert (tmp_path / "kmnist" / "experiment_1.md").read_text() in done.stdout
+    assert (tmp_path / "kmnist" / "experiment_1.png").stat().st_size > 5000
+    for row in rows:
+        run = Run("kmnist", network, row["rule"], 4, 1.0, 99, 50)
+        header = (tmp_path / "kmnist" / run.name / "metrics.csv").read_text().splitlines()[0]
+        assert header == "epoch,train_loss,train_accuracy,validation_accuracy,test_accuracy,seconds"
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("kmnist/*/*")}
+    again = script("train_kmnist.py", 1, *arguments, "--data-dir", "/nowhere")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("# KMNIST")  # nothing was trained, nor the data read
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("kmnist/*/*")}
+
+
+def test_train_kmnist_2_draws_learning_rates(kmnist, tmp_path):
+    arguments = tiny(kmnist, tmp_path, "--rules", "backprop", "--learning-rates", 0.5, 1, 2)
+    done = script("train_kmnist.py", 2, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "| rule | lr 0.5 | lr 1 | lr 2 |" in done.stdout
+    assert (tmp_path / "kmnist" / "experiment_2.png").exists()
+
+
+@pytest.mark.parametrize("variant", ["published", "corrected"])
+def test_train_add_end_to_end(tmp_path, variant):
+    rules = [rule for rule in RULES if rule != "dfa"]
+    options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path, "--variant", variant, "--rules", *rules]
+    done = script("train_add.py", 1, *options)
+    assert done.returncode == 0, done.stderr
+    assert "| guessing 0.5 |" in done.stdout
+    with open(tmp_path / "add" / "experiment_1.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rule"] for row in rows] == rules
+    assert {row["variant"] for row in rows} == {variant}
+    run = Run("add", "rnn", "fa", 8, 0.001, 99, 50, variant=variant)
+    assert RunFolder(tmp_path, run).metrics_path.read_text().startswith("epoch,train_loss,test_loss,seconds\n")
+
+
+def test_the_default_experiment_is_the_first(tmp_path):
+    done = script("train_add.py", "--list", "--outputs", tmp_path)
+    assert done.returncode == 0
+    assert "40 runs of 200 epochs: 0 done, 40 to train" in done.stdout
+
+
+def test_list_shows_states_and_trains_nothing(kmnist, tmp_path):
+    short = tiny(kmnist, tmp_path, "--rules", "backprop")
+    assert script("train_kmnist.py", 1, *short, "--epochs", 1).returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+    done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop", "fa"), "--list")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("at epoch 1 ")
+    assert lines[1].startswith("missing ")
+    assert lines[-1] == "2 runs of 2 epochs: 0 done, 2 to train"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("rule", ["align_ada", "dfa"])
+def test_killed_and_started_again(kmnist, tmp_path, rule):
+    """SIGKILL in the middle, then the same command: the same metrics and parameters as without the kill."""
+    options = ["--rules", rule, "--widths", 8, "--learning-rates", 1, "--epochs", 12, "--batch-size", 50]
+    run = Run("kmnist", "cnn", rule, 8, 1.0, 99, 50)
+    whole, killed = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "killed", run)
+    command = [1, *options, "--data-dir", kmnist, "--outputs"]
+    assert script("train_kmnist.py", *command, tmp_path / "whole").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_kmnist.py"), *map(str, command), str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(killed.rows()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= len(killed.rows()) < 12
+    assert script("train_kmnist.py", *command, tmp_path / "killed").returncode == 0
+
+    def comparable(folder):
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in folder.rows()]
+
+    assert comparable(whole) == comparable(killed)
+    mine, theirs = (folder.load(torch.device("cpu"))["rule"] for folder in (whole, killed))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_interrupt_says_how_to_go_on(kmnist, tmp_path):
+    options = tiny(kmnist, tmp_path, "--rules", "backprop", "--epochs", 100000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_kmnist.py"), "1", *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("kmnist/*/metrics.csv")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "train_kmnist.py: interrupted; the same command goes on from the last checkpoint\n"
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(kmnist, tmp_path):
+    """A folder that holds a file where the checkpoint should go fails; the exit status and the last line tell."""
+    broken = RunFolder(tmp_path, Run("kmnist", "cnn", "fa", 4, 1.0, 99, 50))
+    broken.checkpoint_path.mkdir(parents=True)
+    done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "fa", "backprop"))
+    assert done.returncode == 1
+    assert "cnn-backprop-width4-lr1-seed99-batch50: done" in done.stdout
+    assert "| FA | failed" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("failed: cnn-fa-width4")
+    assert "error.txt" in last
+    assert "Traceback" in broken.error_path.read_text()
+    assert "Traceback" not in done.stderr
+
+    broken.checkpoint_path.rmdir()
+    assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "fa", "backprop")).returncode == 0
+    assert not broken.error_path.exists()
+
+
+def test_diverged_runs_are_recorded_and_the_rest_go_on(tmp_path):
+    options = ["--widths", 64, "--epochs", 30, "--outputs", tmp_path, "--learning-rates", 10, 0.001]
+    done = script("train_add.py", 1, *options, "--rules", "backprop")
+    assert done.returncode == 0, done.stderr
+    assert "diverged at epoch" in done.stdout
+    assert "(lr 0.001)" in done.stdout
+
+
+WRONG = {
+    "no such experiment": (["7"], "invalid choice"),
+    "no such rule": (["1", "--rules", "hebb"], "invalid choice"),
+    "width zero": (["1", "--widths", "0"], "not positive"),
+    "rate of nan": (["1", "--learning-rates", "nan"], "not a positive number"),
+    "seed too large": (["1", "--seeds", "4294967296"], "not between"),
+    "no epochs": (["1", "--epochs", "0"], "not positive"),
+    "unknown option": (["1", "--width", "8", "--colour", "red"], "unrecognized arguments"),
+    "tf32 on a CPU": (["1", "--device", "cpu", "--precision", "tf32"], "use fp32"),
+    "recurrent network on images": (["1", "--network", "rnn"], "invalid choice"),
+    "batch of one": (["1", "--batch-size", "1", "--epochs", "1"], "--batch-size 2 or more"),
+    "batch larger than the data": (["1", "--batch-size", "1000", "--epochs", "1"], "use a smaller --batch-size"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_command_lines(kmnist, tmp_path, case):
+    arguments, message = WRONG[case]
+    done = script("train_kmnist.py", *arguments, "--data-dir", kmnist, "--outputs", tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rules", "dfa"], "not defined for the recurrent network"),
+        (["--batch-size", "128"], "use --batch-size 100 or less"),
+        (["--device", "cuda"], "use --device cpu"),
+    ],
+)
+def test_wrong_command_lines_of_the_add_task(tmp_path, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = script("train_add.py", 1, *arguments, "--outputs", tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_data(tmp_path):
+    done = script("train_kmnist.py", 1, "--data-dir", tmp_path / "data", "--outputs", tmp_path / "outputs")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--data-dir" in done.stderr
+
+
+def test_truncated_data(tmp_path):
+    write_kmnist(tmp_path, *made_up(30, (28, 28)), *made_up(30, (28, 28)))
+    path = tmp_path / "kmnist" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-500])
+    done = script("train_kmnist.py", 1, *tiny(tmp_path, tmp_path / "outputs"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert str(path) in done.stderr
+    assert "setup_kmnist.py" in done.stderr
+
+
+def test_unwritable_outputs(kmnist, tmp_path):
+    (tmp_path / "outputs").write_text("a file, not a folder")
+    done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path / "outputs"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "choose another --outputs" in done.stderr
+
+
+def test_help_explains_each_experiment():
+    for name in ("train_add.py", "train_kmnist.py"):
+        done = script(name, "--help")
+        assert done.returncode == 0
+        assert "\n  1  " in done.stdout
+    assert "\n  2  KMNIST: accuracy against learning rate" in done.stdout
+
+
+def test_other_data_under_the_same_outputs(kmnist, tmp_path):
+    assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop")).returncode == 0
+    write_kmnist(tmp_path / "data", *made_up(300, (28, 28), seed=7), *made_up(60, (28, 28), seed=8))
+    done = script("train_kmnist.py", 1, *tiny(tmp_path / "data", tmp_path, "--rules", "backprop", "--epochs", 3))
+    assert done.returncode == 2
+    assert "use another --outputs" in done.stderr
+
+
+def test_data_limits_take_the_first_images(kmnist, tmp_path):
+    done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop", "--data-limits", 20, 50))
+    assert done.returncode == 0, done.stderr
+    assert "## 20 images" in done.stdout
+    metrics = RunFolder(tmp_path, Run("kmnist", "cnn", "backprop", 4, 1.0, 99, 20, data_limit=20)).rows()
+    shares = np.array([row["validation_accuracy"] for row in metrics]) * 20
+    assert shares == pytest.approx(shares.round(), abs=1e-5)
