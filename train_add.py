@@ -6,7 +6,8 @@ The table gives the best (lowest) training / test loss over the epochs, beside t
 
 import sys
 
-from wide.experiments import Experiment, Subject, main
+from wide.command_line import main
+from wide.experiments import Experiment, Subject
 from wide.report import BEST_LOSS
 from wide.tasks import AddTask
 
@@ -33,6 +34,8 @@ SUBJECT = Subject(
     networks=("rnn",),
     variants=("published", "corrected"),
     batch_size=50,
+    examples=300,
+    limited=False,
     measured=BEST_LOSS,
     references=guessing,
     unsuited={"dfa": "direct feedback is not defined for the recurrent network; choose other rules"},

@@ -7,8 +7,9 @@ the best validation accuracy; the validation split is the first 5000 training im
 import sys
 
 from setup_kmnist import KMNIST
-from wide.experiments import Experiment, Subject, main
-from wide.report import ACCURACY
+from wide.command_line import main
+from wide.experiments import Experiment, Subject
+from wide.report import ACCURACY, Layout
 from wide.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
@@ -30,7 +31,7 @@ EXPERIMENTS = {
         widths=(8, 256),
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
         epochs=100,
-        against="learning_rate",
+        layout=Layout(against="learning_rate", best_over=()),
         quick={"widths": (8, 32), "learning_rates": (0.2, 1, 5, 20), "data_limits": (1000,), "epochs": 3},
     ),
 }
@@ -41,7 +42,7 @@ SUBJECT = Subject(
     networks=("cnn", "mlp"),
     batch_size=100,
     measured=ACCURACY,
-    images=55000,
+    examples=55000,
 )
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
 import csv
 import io
+import itertools
 import statistics
 
 import pytest
 
-from wide.figures import draw_figure
-from wide.report import ACCURACY, BEST_LOSS, RULE_NAMES, Summary, as_csv, make_table, markdown
+from wide.figures import KINDS, draw_figure
+from wide.report import ACCURACY, BEST_LOSS, EPOCH_TIME, RULE_NAMES, Layout, Summary, as_csv, make_table, markdown
 from wide.runs import Run, RunFolder
 
 
-def summary(rule="backprop", width=8, rate=1.0, seed=99, validation=0.5, test=0.4, status="done", limit=None):
+def summary(
+    rule="backprop", width=8, rate=1.0, seed=99, validation=0.5, test=0.4, status="done", limit=None, seconds=1.0
+):
     run = Run("kmnist", "cnn", rule, width, rate, seed, 100, data_limit=limit)
-    final = {"validation_accuracy": validation, "test_accuracy": test} if status == "done" else {}
+    metrics = {"validation_accuracy": validation, "test_accuracy": test, "seconds": seconds}
+    final = metrics if status == "done" else {}
     return Summary(run, status, 10, final, final, 12.5, "data", "cpu")
 
 
@@ -21,8 +25,8 @@ def rows_of(text):
     return {cells[0]: cells[1:] for line in text.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])}
 
 
-def text_of(summaries, against="width", measured=ACCURACY, references=None):
-    return markdown("title", make_table(against, summaries, measured), measured, summaries, references or {})
+def text_of(summaries, layout=None, measured=ACCURACY, references=None):
+    return markdown("title", make_table(layout or Layout(), summaries, measured), summaries, references or {})
 
 
 def test_the_learning_rate_is_chosen_on_validation_not_on_test():
@@ -61,7 +65,7 @@ def test_cells_without_a_finished_run_say_why():
 
 def test_other_axes_become_sections():
     summaries = [summary(width=w, rate=r) for w in (8, 256) for r in (0.5, 5)]
-    text = text_of(summaries, against="learning_rate")
+    text = text_of(summaries, Layout(against="learning_rate", best_over=()))
     assert "## width 8" in text
     assert "## width 256" in text
     assert "| rule | lr 0.5 | lr 5 |" in text
@@ -99,10 +103,40 @@ def test_csv_has_every_setting_and_metric():
     assert {"rule", "seed", "precision", "seconds", "status", "device"} <= row.keys()
 
 
-def test_figures_are_drawn(tmp_path):
-    summaries = [summary(rule=rule, width=w) for rule in RULE_NAMES for w in (8, 16)] + [
-        summary(rule="fa", width=32, status="diverged")
+LAYOUTS = {
+    "lines": (Layout(), ACCURACY),
+    "gap": (Layout("data_limit", ("learning_rate", "width"), figure="gap"), ACCURACY),
+    "seeds": (Layout(figure="seeds"), ACCURACY),
+    "timing": (Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"), EPOCH_TIME),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_drawn(kind):
+    layout, measured = LAYOUTS[kind]
+    grid = [
+        summary(rule, width, seed=s, limit=n)
+        for rule in RULE_NAMES
+        for width in (8, 16)
+        for s in (1, 2)
+        for n in (45, None)
     ]
-    path = tmp_path / "figure.png"
-    draw_figure(path, "title", make_table("width", summaries, ACCURACY), ACCURACY, {})
-    assert path.read_bytes().startswith(b"\x89PNG")
+    grid += [summary("fa", 32, status="diverged")]
+    table = make_table(layout, grid, measured)
+    file = io.BytesIO()
+    draw_figure(file, "title", table, {}, 45000)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():
+    layout, measured = LAYOUTS["timing"]
+    grid = [summary(rule, rate=r, seconds=s) for rule, s in (("backprop", 2.0), ("fa", 3.0)) for r in (1, 5)]
+    cells = rows_of(text_of(grid, layout, measured))
+    assert cells["Backprop"] == ["2 ± 0 (1.00x, n=2)"]
+    assert cells["FA"] == ["3 ± 0 (1.50x, n=2)"]
+
+
+def test_the_best_width_is_chosen_where_the_layout_says_so():
+    layout = Layout("data_limit", ("learning_rate", "width"), figure="gap")
+    grid = [summary(width=8, limit=45, validation=0.3), summary(width=64, limit=45, validation=0.4)]
+    assert rows_of(text_of(grid, layout))["Backprop"] == ["40.0 / 40.0 (width 64)"]

@@ -1,8 +1,4 @@
-"""Grids of runs, and the command line that all scripts share.
-
-A script is a table of experiments and a call of `main`. An experiment is a grid: every combination of its rules,
-widths, learning rates, seeds and data limits is a run.
-"""
+"""Grids of runs: what an experiment is, which runs it consists of, and training those that are missing."""
 
 import argparse
 import contextlib
@@ -11,30 +7,35 @@ import itertools
 import math
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from align_rules import RULES
 from wide import UserError
-from wide.report import Measured, Summary, report
+from wide.report import Layout, Measured
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
 from wide.tasks import Task
-from wide.training import PRECISIONS, choose_device, choose_precision, train
+from wide.training import train, warm_up
 
 PAPER_SEED = 99
+FINISHED = ("done", "diverged")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A grid of runs and the question it answers.
+    """A grid of runs, every combination of its axes, and the question it answers.
 
     Args:
         title: what it shows, for --help and as the caption of table and figure.
-        against: the axis of the table's columns and of the figure: "width", "learning_rate" or "data_limit".
+        layout: what the table's columns are, what is chosen and what is averaged, and the figure.
+        measured: which metrics are shown; default: the subject's.
+        beside: another experiment and some of its rules, whose finished runs are shown for comparison.
+        timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
         quick: the settings that --quick replaces.
     """
 
@@ -43,11 +44,14 @@ class Experiment:
     widths: tuple[int, ...]
     learning_rates: tuple[float, ...]
     epochs: int
-    against: str = "width"
     seeds: tuple[int, ...] = (PAPER_SEED,)
     data_limits: tuple[int | None, ...] = (None,)
     optimizer: str = "sgd"
     parameterisation: str = "ntk"
+    layout: Layout = dataclasses.field(default_factory=Layout)
+    measured: Measured | None = None
+    beside: tuple[int, tuple[str, ...]] | None = None
+    timed: bool = False
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -61,7 +65,8 @@ class Subject:
         networks: choices of --network; the first is the default.
         batch_size: default.
         measured: the metrics that tables and figures show.
-        images: number of training images, where --data-limits makes sense.
+        examples: number of training examples in the full dataset.
+        limited: whether --data-limits makes sense.
         variants: choices of --variant; the first is the default.
         unsuited: rules that are not defined here, with the reason.
         references: metrics to compare with, by name, from the parsed arguments.
@@ -72,124 +77,16 @@ class Subject:
     networks: tuple[str, ...]
     batch_size: int
     measured: Measured
-    images: int | None = None
+    examples: int
+    limited: bool = True
     variants: tuple[str, ...] = ()
     unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
     references: Callable[[argparse.Namespace], dict[str, dict[str, float]]] = lambda arguments: {}
 
 
-def main(
-    description: str,
-    subject: Subject,
-    experiments: Mapping[int, Experiment],
-    argv: Sequence[str] | None = None,
-) -> int:
-    """Run the command line of a training script.
-
-    Returns:
-        The exit status: 0 when every run is done, 1 when one failed, 2 for a wrong command line or missing data,
-        130 when interrupted.
-    """
-    parser = build_parser(description, subject, experiments)
-    arguments = parser.parse_args(argv)
-    try:
-        experiment = chosen(experiments[arguments.experiment], arguments)
-        device = choose_device(arguments.device)
-        runs = plan(subject, experiment, arguments, choose_precision(arguments.precision, device))
-        folders = [RunFolder(arguments.outputs, run) for run in runs]
-        if arguments.list:
-            print_list(folders, experiment.epochs)
-            return 0
-        failures = train_missing(subject, folders, experiment.epochs, arguments, device)
-        print(make_report(subject, folders, experiment, arguments))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    for folder, reason in failures:
-        print(f"failed: {folder.run.name}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def make_report(
-    subject: Subject, folders: list[RunFolder], experiment: Experiment, arguments: argparse.Namespace
-) -> str:
-    summaries = [Summary.read(folder, experiment.epochs, subject.measured) for folder in folders]
-    references = subject.references(arguments)
-    where = arguments.outputs / subject.dataset
-    return report(where, arguments.experiment, experiment, subject.measured, summaries, references)
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def build_parser(description: str, subject: Subject, experiments: Mapping[int, Experiment]) -> argparse.ArgumentParser:
-    rows = "\n".join(f"  {number}  {experiment.title}" for number, experiment in experiments.items())
-    parser = argparse.ArgumentParser(
-        description=f"{description.strip()}\n\nexperiments:\n{rows}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("experiment", type=int, nargs="?", default=1, choices=sorted(experiments), help="number (default 1)")
-    grid = parser.add_argument_group("the grid: each takes one or more values, which replace the experiment's own")
-    grid.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help=", ".join(RULES))
-    grid.add_argument("--widths", nargs="+", type=positive_int, metavar="N")
-    grid.add_argument("--learning-rates", nargs="+", type=positive_float, metavar="LR")
-    grid.add_argument("--seeds", nargs="+", type=seed, metavar="SEED")
-    if subject.images:
-        grid.add_argument("--data-limits", nargs="+", type=positive_int, metavar="IMAGES", help="training images used")
-    add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
-    add("--batch-size", type=positive_int, default=subject.batch_size, help="default %(default)s")
-    add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
-    if subject.variants:
-        add("--variant", choices=subject.variants, default=subject.variants[0], help="default %(default)s (README)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
-    add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
-    if subject.images:
-        add("--data-dir", type=Path, default=Path("data"), help="where the data are, or go (default %(default)s)")
-    add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
-    add("--list", action="store_true", help="print the runs and their state; train nothing")
-    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
-    return parser
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
-    return value
-
-
-def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
-    """The experiment with what the command line replaces in it: first --quick, then the single options."""
-    if arguments.quick:
-        experiment = dataclasses.replace(experiment, **experiment.quick)
-    axes = ("rules", "widths", "learning_rates", "seeds", "data_limits", "epochs")
-    given = {axis: value for axis in axes if (value := getattr(arguments, axis, None)) is not None}
-    unrepeated = {axis: tuple(dict.fromkeys(value)) for axis, value in given.items() if axis != "epochs"}
-    return dataclasses.replace(experiment, **{**given, **unrepeated})
-
-
-# -------------------------------------------------------------------------------------------------------------- grids
-
-
-def plan(subject: Subject, experiment: Experiment, arguments: argparse.Namespace, precision: str) -> list[Run]:
+def plan(
+    subject: Subject, experiment: Experiment, arguments: argparse.Namespace, precision: str, device: str
+) -> list[Run]:
     """The runs of an experiment, in an order that fills its table evenly: all rules at the smallest width first.
 
     Raises:
@@ -200,8 +97,8 @@ def plan(subject: Subject, experiment: Experiment, arguments: argparse.Namespace
             raise UserError(f"--rules {rule}: {subject.unsuited[rule]}")
     runs = []
     axes = (experiment.widths, experiment.data_limits, experiment.seeds, experiment.learning_rates, experiment.rules)
-    for width, limit, one_seed, learning_rate, rule in itertools.product(*axes):
-        limit = None if limit and subject.images and limit >= subject.images else limit
+    for width, limit, seed, learning_rate, rule in itertools.product(*axes):
+        limit = None if limit and limit >= subject.examples else limit  # the same run as with all images
         runs.append(
             Run(
                 dataset=subject.dataset,
@@ -209,13 +106,14 @@ def plan(subject: Subject, experiment: Experiment, arguments: argparse.Namespace
                 rule=rule,
                 width=width,
                 learning_rate=learning_rate,
-                seed=one_seed,
+                seed=seed,
                 batch_size=effective_batch(arguments.batch_size, limit),
                 data_limit=limit,
                 optimizer=experiment.optimizer,
                 parameterisation=experiment.parameterisation,
                 variant=getattr(arguments, "variant", None),
                 precision=precision,
+                timed_on=device if experiment.timed else None,
             )
         )
     return list(dict.fromkeys(runs))
@@ -225,12 +123,68 @@ def print_list(folders: list[RunFolder], epochs: int) -> None:
     states = [folder.status(epochs) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         print(f"{state:12}  {folder.run.name}")
-    finished = sum(state in ("done", "diverged") for state in states)
+    finished = sum(state in FINISHED for state in states)
     print(f"{len(states)} runs of {epochs} epochs: {finished} done, {len(states) - finished} to train")
 
 
+class Pace:
+    """How long the runs that are missing will take, from the epochs trained so far.
+
+    The time of a step at a width not seen yet is extrapolated as a power of the width, from the two widest seen. An
+    epoch counts with its evaluation.
+    """
+
+    def __init__(self, examples: int, epochs: int):
+        self.examples, self.epochs = examples, epochs
+        self.seen: dict[int, list[float]] = defaultdict(list)  # seconds per step, by width
+        self.clock = time.monotonic()
+
+    def start(self) -> None:
+        self.clock = time.monotonic()
+
+    def epoch(self, run: Run) -> None:
+        now = time.monotonic()
+        self.seen[run.width].append((now - self.clock) / self.steps(run))
+        self.clock = now
+
+    def steps(self, run: Run) -> float:
+        return max((run.data_limit or self.examples) / run.batch_size, 1)
+
+    def step_seconds(self, width: int) -> float:
+        means = {seen: sum(times) / len(times) for seen, times in sorted(self.seen.items())}
+        if width in means:
+            return means[width]
+        *_, widest = means
+        power = 1.0
+        if len(means) > 1:
+            *_, narrower, widest = means
+            power = _power(narrower, widest, means[narrower], means[widest])
+        return means[widest] * (width / widest) ** power
+
+    def left(self, folders: list[RunFolder]) -> float:
+        """Seconds for what these runs still lack."""
+        lacking = {folder.run: self.epochs - len(folder.rows()) for folder in folders}
+        return sum(epochs * self.steps(run) * self.step_seconds(run.width) for run, epochs in lacking.items())
+
+
+def _power(narrower: int, wider: int, seconds: float, more_seconds: float) -> float:
+    return min(max(math.log(more_seconds / seconds) / math.log(wider / narrower), 0.0), 2.0)
+
+
+def duration(seconds: float) -> str:
+    """Rounded for people: 40 s, 12 min, 5 h, 3 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def train_missing(
-    subject: Subject, folders: list[RunFolder], epochs: int, arguments: argparse.Namespace, device: torch.device
+    subject: Subject,
+    experiment: Experiment,
+    folders: list[RunFolder],
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> list[tuple[RunFolder, str]]:
     """Train every run that is not finished; go on where one fails.
 
@@ -240,30 +194,66 @@ def train_missing(
     Raises:
         UserError: missing data, settings that do not fit them, or an outputs folder that cannot be used.
     """
-    missing = [folder for folder in folders if folder.status(epochs) not in ("done", "diverged")]
+    epochs = experiment.epochs
+    missing = [folder for folder in folders if folder.status(epochs) not in FINISHED]
     if not missing:
         return []
     task, failures = subject.task(arguments, device), []
+    _check(task, missing, arguments.outputs / subject.dataset)
+    print(f"{len(missing)} of {len(folders)} runs to train, up to {epochs} epochs each", flush=True)
+    pace, announced = Pace(len(task.splits["train"]), epochs), False
+    for number, folder in enumerate(tqdm(missing, "runs", unit="run", leave=False, disable=None)):
+        left = missing[number:]
+
+        def after_epoch(run=folder.run, left=left):
+            nonlocal announced
+            pace.epoch(run)
+            if not announced and len(left) > 1:
+                _say(f"about {duration(pace.left(left))} left, judging by the first epoch")
+                announced = True
+
+        message, reason = train_one(task, folder, experiment, pace, after_epoch)
+        if reason:
+            failures.append((folder, reason))
+        rest = missing[number + 1 :]
+        _say(message + (f"  [{len(rest)} runs, about {duration(pace.left(rest))} left]" if rest and pace.seen else ""))
+    return failures
+
+
+def train_one(
+    task: Task, folder: RunFolder, experiment: Experiment, pace: Pace, after_epoch: Callable[[], None]
+) -> tuple[str, str | None]:
+    """Train one run.
+
+    Returns:
+        A line that says how it went, and if it is not finished the reason.
+    """
+    try:
+        if experiment.timed:
+            warm_up(task, folder.run)
+        pace.start()
+        train(task, folder, experiment.epochs, after_epoch)
+        return summary_line(folder, experiment.epochs), None
+    except Busy:
+        return f"{folder.run.name}: left to the process that is training it", "another process is training it"
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
+            folder.error_path.write_text(traceback.format_exc())
+        return f"{folder.run.name}: failed: {_first_line(error)}", f"{_first_line(error)}; see {folder.error_path}"
+
+
+def _check(task: Task, missing: list[RunFolder], outputs: Path) -> None:
+    """Raise UserError, before anything is trained, for what would stop these runs."""
     for folder in missing:
         task.check(folder.run)
         folder.check(task.fingerprint)
-    with writing(arguments.outputs / subject.dataset) as where:
-        tempfile.TemporaryFile(dir=where).close()
-    for folder in tqdm(missing, "runs", unit="run", leave=False, disable=None):
-        try:
-            train(task, folder, epochs)
-            message = line(folder, epochs)
-        except Busy:
-            failures.append((folder, "another process is training it"))
-            message = f"{folder.run.name}: left to the process that is training it"
-        except Exception as error:
-            failures.append((folder, f"{_first_line(error)}; see {folder.error_path}"))
-            message = f"{folder.run.name}: failed: {_first_line(error)}"
-            with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
-                folder.error_path.write_text(traceback.format_exc())
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-    return failures
+    with writing(outputs):
+        tempfile.TemporaryFile(dir=outputs).close()
+
+
+def _say(message: str) -> None:
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _first_line(error: Exception) -> str:
@@ -271,8 +261,7 @@ def _first_line(error: Exception) -> str:
     return (text[0] if isinstance(error, UserError) else f"{type(error).__name__}: {text[0]}") if text else repr(error)
 
 
-def line(folder: RunFolder, epochs: int) -> str:
-    """A finished run, in a line."""
+def summary_line(folder: RunFolder, epochs: int) -> str:
     rows = folder.rows()
     metrics = {name: value for name, value in rows[-1].items() if name not in ("epoch", "seconds")}
     shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())

@@ -1,14 +1,17 @@
-"""Figures from tables."""
+"""Figures from tables, each kind made for its question.
+
+Line figures show the last of the shown metrics against the table's axis, a panel per section and a line per rule.
+"""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from wide.report import RULE_NAMES, Measured, Table, axis_text
+from wide.report import RULE_NAMES, Cell, Table, section_text
 
 # A rule looks the same in every figure; lightness, marker and dashes tell the rules apart without colour.
 STYLES = {
@@ -21,57 +24,172 @@ STYLES = {
     "last_layer": {"color": "#8a8a8a", "marker": "x", "linestyle": "-."},
 }
 AXIS_LABELS = {
-    "width": "width (channels or units)",
+    "width": "width (channels or units per layer)",
     "learning_rate": "learning rate",
     "data_limit": "training images",
 }
+GREY = "#8a8a8a"
 
 
 def draw_figure(
-    path: Path, title: str, table: Table, measured: Measured, references: Mapping[str, Mapping[str, float]]
+    file: BinaryIO, title: str, table: Table, references: Mapping[str, Mapping[str, float]], examples: int
 ) -> None:
-    """The last of the shown metrics against the table's axis: a panel per section, a line per rule."""
-    count = len(table.sections)
-    figure, panels = plt.subplots(1, count, figsize=(1.4 + 4.4 * count, 4.2), sharey=True, squeeze=False, dpi=150)
-    metric = measured.shown[-1]
-    for panel, (section, rows) in zip(panels[0], table.sections.items(), strict=True):
-        for rule, cells in rows.items():
-            draw_line(panel, rule, table.columns, cells, metric, measured)
-        for name, metrics in references.items():
-            panel.axhline(_scaled(metrics[metric], measured), color="#8a8a8a", linewidth=1, label=name)
-        _dress(panel, table)
-        if table.section_axis:
-            panel.set_title(axis_text(table.section_axis, section), fontsize=10)
-    panels[0][0].set_ylabel(measured.label(metric))
-    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    """Draw the figure that the table's layout asks for, as PNG.
+
+    Args:
+        examples: where "all images" lie on an axis of training images.
+    """
+    figure = KINDS[table.layout.figure](table, references, examples)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
-def draw_line(panel, rule: str, columns: tuple, cells: list, metric: str, measured: Measured) -> None:
-    through = [(x, cell) for x, cell in zip(columns, cells, strict=True) if cell.values]
-    if not through:
+def lines(table: Table, references, examples: int):
+    figure, panels = _panels(len(table.sections), sharey=True)
+    for panel, (section, rows) in zip(panels, table.sections.items(), strict=True):
+        _draw_lines(panel, table, rows, examples)
+        for name, metrics in references.items():
+            panel.axhline(_scaled(table, metrics[_drawn(table)]), color=GREY, linewidth=1, label=name)
+        _logarithmic(panel, table, examples)
+        panel.set_title(section_text(section), fontsize=10)
+    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    _legend(panels[-1])
+    return figure
+
+
+def gap(table: Table, references, examples: int):
+    """Beside the lines: how far below backprop each rule is."""
+    figure, panels = _panels(2 * len(table.sections))
+    for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
+        _draw_lines(pair[0], table, rows, examples)
+        _draw_gaps(pair[1], table, rows, examples)
+        for panel in pair:
+            _logarithmic(panel, table, examples)
+        pair[0].set_ylabel(table.measured.label(_drawn(table)))
+        pair[1].set_ylabel(f"backprop's {_drawn(table).replace('_', ' ')} minus the rule's (points)")
+    figure.tight_layout()
+    _legend(panels[0] if len(panels) == 1 else panels[-1], panels[0])
+    return figure
+
+
+def seeds(table: Table, references, examples: int):
+    """Every seed a point, their mean a bar, a place for each rule; a panel per column."""
+    figure, panels = _panels(len(table.sections) * len(table.columns), sharey=True)
+    places = [
+        (section, column, {rule: cells[k] for rule, cells in rows.items()})
+        for section, rows in table.sections.items()
+        for k, column in enumerate(table.columns)
+    ]
+    for panel, (section, column, cells) in zip(panels, places, strict=True):
+        for x, (rule, cell) in enumerate(cells.items()):
+            _draw_seeds(panel, x, rule, cell, table)
+        panel.set_xticks(range(len(cells)), [RULE_NAMES[rule] for rule in cells], rotation=30, ha="right")
+        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        _plain(panel)
+    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    return figure
+
+
+def timing(table: Table, references, examples: int):
+    """Time on a logarithmic axis, and its ratio to that of the rule that it is compared with."""
+    figure, panels = _panels(2 * len(table.sections))
+    reference = table.measured.relative_to
+    for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
+        _draw_lines(pair[0], table, rows, examples)
+        pair[0].set_yscale("log")
+        pair[0].set_ylabel(table.measured.label(_drawn(table)))
+        for rule, cells in rows.items():
+            both = zip(cells, rows.get(reference, cells), strict=True)
+            ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
+            _line(pair[1], rule, _positions(table, examples), ratios)
+        pair[1].set_ylabel(f"times {RULE_NAMES[reference]}")
+        pair[1].set_ylim(bottom=0)
+        for panel in pair:
+            _logarithmic(panel, table, examples)
+    figure.tight_layout()
+    _legend(panels[-1], panels[0])
+    return figure
+
+
+KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing}
+
+
+# ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def _panels(count: int, sharey: bool = False):
+    figure, panels = plt.subplots(1, count, figsize=(1.0 + 4.2 * count, 4.0), sharey=sharey, squeeze=False)
+    return figure, panels[0]
+
+
+def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
+    metric = _drawn(table)
+    for rule, cells in rows.items():
+        means = [_mean(cell, table) for cell in cells]
+        spread = [_scaled(table, cell.deviation(metric)) if len(cell.values) > 1 else 0 for cell in cells]
+        _line(panel, rule, _positions(table, examples), means, spread)
+
+
+def _draw_gaps(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
+    for rule, cells in rows.items():
+        both = zip(cells, rows.get("backprop", cells), strict=True)
+        gaps = [_mean(b, table) - _mean(a, table) if a.values and b.values else None for a, b in both]
+        _line(panel, rule, _positions(table, examples), gaps)
+
+
+def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
+    if not cell.values:
         return
-    panel.errorbar(
-        [x for x, _ in through],
-        [_scaled(cell.mean(metric), measured) for _, cell in through],
-        [_scaled(cell.deviation(metric), measured) for _, cell in through],
-        label=RULE_NAMES[rule],
-        capsize=3,
-        markersize=5,
-        **STYLES[rule],
-    )
+    points = [_scaled(table, value[_drawn(table)]) for value in cell.values]
+    style = STYLES[rule]
+    spread = [0.12 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
+    panel.plot([x + dx for dx in spread], points, style["marker"], color=style["color"], markersize=5)
+    panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=style["color"], linewidth=1.5)
 
 
-def _dress(panel, table: Table) -> None:
-    panel.set_xlabel(AXIS_LABELS[table.against])
+def _line(panel, rule: str, positions: list[float], values: list, spread: list | None = None) -> None:
+    """A rule's line through the values that are there, with bars where there is a spread."""
+    there = [k for k, value in enumerate(values) if value is not None]
+    if not there:
+        return
+    x, y = [positions[k] for k in there], [values[k] for k in there]
+    panel.plot(x, y, label=RULE_NAMES[rule], markersize=5, **STYLES[rule])
+    if spread and any(spread):
+        bars = [spread[k] for k in there]
+        panel.errorbar(x, y, bars, fmt="none", ecolor=STYLES[rule]["color"], elinewidth=1, capsize=3)
+
+
+def _positions(table: Table, examples: int) -> list[float]:
+    return [examples if column is None else column for column in table.columns]
+
+
+def _drawn(table: Table) -> str:
+    return table.measured.shown[-1]
+
+
+def _mean(cell: Cell, table: Table) -> float | None:
+    return _scaled(table, cell.mean(_drawn(table))) if cell.values else None
+
+
+def _scaled(table: Table, value: float) -> float:
+    return 100 * value if table.measured.percent else value
+
+
+def _logarithmic(panel, table: Table, examples: int) -> None:
+    positions = _positions(table, examples)
     panel.set_xscale("log")
-    panel.set_xticks(table.columns, [f"{x:g}" for x in table.columns])
-    panel.minorticks_off()
+    panel.set_xticks(positions, [f"{x:g}" for x in positions], rotation=30 if len(positions) > 7 else 0)
+    panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    panel.set_xlabel(AXIS_LABELS[table.layout.against])
+    _plain(panel)
+
+
+def _plain(panel) -> None:
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _scaled(value: float, measured: Measured) -> float:
-    return 100 * value if measured.percent else value
+def _legend(panel, source=None) -> None:
+    handles, labels = (source or panel).get_legend_handles_labels()
+    panel.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)

@@ -6,7 +6,7 @@ import io
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from wide.runs import Run, RunFolder, replace, writing
@@ -32,12 +32,16 @@ class Measured:
         higher: whether more is better.
         percent: whether to print a share as a percentage.
         use_best: show the best value over the epochs (each metric its own, as published), not the final one.
+        unit: of the metrics, for legends and axes.
+        relative_to: a rule; cells also say how many times its value theirs is.
     """
 
     shown: tuple[str, ...]
     higher: bool
-    percent: bool
-    use_best: bool
+    percent: bool = False
+    use_best: bool = False
+    unit: str = ""
+    relative_to: str | None = None
 
     @property
     def choice(self) -> str:
@@ -47,12 +51,34 @@ class Measured:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3g}"
 
     def label(self, metric: str) -> str:
-        words = metric.replace("_", " ")
-        return f"{words} (%)" if self.percent else words
+        unit = f" ({self.unit})" if self.unit else ""
+        return metric.replace("_", " ") + unit
 
 
-ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, use_best=False)
-BEST_LOSS = Measured(("train_loss", "test_loss"), higher=False, percent=False, use_best=True)
+ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
+BEST_LOSS = Measured(
+    ("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error, summed over the sequence"
+)
+EPOCH_TIME = Measured(("seconds",), higher=False, unit="seconds of training per epoch", relative_to="backprop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a table and its figure show a grid.
+
+    Args:
+        against: the axis of the columns: "width", "learning_rate" or "data_limit".
+        best_over: the axes over which the best is chosen.
+        averaged: the axes over which values are averaged, with their standard deviation.
+        figure: the kind of figure (wide/figures.py).
+
+    Other axes with several values become sections of the table and panels of the figure.
+    """
+
+    against: str = "width"
+    best_over: tuple[str, ...] = ("learning_rate",)
+    averaged: tuple[str, ...] = ("seed",)
+    figure: str = "lines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +100,7 @@ class Summary:
     @classmethod
     def read(cls, folder: RunFolder, epochs: int, measured: Measured) -> "Summary":
         rows, config = folder.rows()[:epochs], folder.config()
-        metrics = [name for name in (rows[0] if rows else ()) if name not in ("epoch", "seconds")]
+        metrics = [name for name in (rows[0] if rows else ()) if name != "epoch"]
         finite = [row for row in rows if all(math.isfinite(row[name]) for name in metrics)]
         return cls(
             run=folder.run,
@@ -103,115 +129,125 @@ def _best(rows: list[dict], metrics: list[str], measured: Measured) -> dict[str,
 
 # ------------------------------------------------------------------------------------------------------------- cells
 
+AXES = ("parameterisation", "width", "data_limit", "learning_rate", "seed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One place of a table: runs that differ in nothing but their seed, at the best learning rate.
+    """One place of a table: runs that differ in averaged axes only, at the best of the axes that are chosen over.
 
-    `values` has the metrics of each seed; it is empty where no run came through.
+    `values` has the metrics of each run; it is empty where no run came through. `chosen` are the axes' best values.
     """
 
     values: tuple[Mapping[str, float], ...]
-    learning_rate: float | None
+    chosen: Mapping[str, object]
     status: str
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(value[metric] for value in self.values)
 
     def deviation(self, metric: str) -> float:
-        """Standard deviation over seeds; 0 for one seed."""
+        """Standard deviation; 0 for one run."""
         return statistics.stdev(value[metric] for value in self.values) if len(self.values) > 1 else 0.0
 
-    def text(self, measured: Measured, rates: int) -> str:
-        if not self.values:
-            return self.status
-        parts = []
-        for metric in measured.shown:
-            spread = f" ± {measured.text(self.deviation(metric))}" if len(self.values) > 1 else ""
-            parts.append(measured.text(self.mean(metric)) + spread)
-        notes = [f"lr {self.learning_rate:g}"] if rates > 1 else []
-        notes += [f"n={len(self.values)}"] if len(self.values) > 1 else []
-        return " / ".join(parts) + (f" ({', '.join(notes)})" if notes else "")
 
-
-def make_cell(summaries: Iterable[Summary], measured: Measured) -> Cell:
-    """The cell of runs that may differ in learning rate and seed: the best learning rate on average over its seeds."""
-    summaries = list(summaries)
-    by_rate = defaultdict(list)
+def make_cell(summaries: list[Summary], layout: Layout, measured: Measured) -> Cell:
+    """The cell of runs that belong to one rule and column: of the settings chosen over, the best on average."""
+    candidates = defaultdict(list)
     for summary in summaries:
-        by_rate[summary.run.learning_rate].append(summary)
-    through = {
-        rate: Cell(tuple(s.shown(measured) for s in group), rate, "done")
-        for rate, group in by_rate.items()
+        candidates[tuple(getattr(summary.run, axis) for axis in layout.best_over)].append(summary)
+    through = [
+        Cell(tuple(s.shown(measured) for s in group), dict(zip(layout.best_over, key, strict=True)), "done")
+        for key, group in candidates.items()
         if all(summary.status == "done" for summary in group)
-    }
+    ]
     if not through:
         states = dict.fromkeys(summary.status for summary in summaries)
-        return Cell((), None, "diverged" if "diverged" in states else ", ".join(states) or "-")
+        return Cell((), {}, "diverged" if "diverged" in states else ", ".join(states) or "-")
     pick = max if measured.higher else min
-    return pick(through.values(), key=lambda cell: cell.mean(measured.choice))
+    return pick(through, key=lambda cell: cell.mean(measured.choice))
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rules against one axis. `sections` maps the values of another axis, where that has several, to rows of cells."""
+    """Rules against one axis.
 
-    against: str
+    `sections` maps the values of the remaining axes, ((axis, value), ...), to rows of cells by rule. `choices` are the
+    axes chosen over that had a choice.
+    """
+
+    layout: Layout
+    measured: Measured
     columns: tuple
-    section_axis: str | None
-    sections: Mapping[object, Mapping[str, list[Cell]]]
-    rates: int
+    sections: Mapping[tuple, Mapping[str, list[Cell]]]
+    choices: tuple[str, ...]
+
+    def text(self, cell: Cell, reference: Cell | None) -> str:
+        """A cell in words; `reference` is that of `measured.relative_to` in the same column."""
+        if not cell.values:
+            return cell.status
+        several = len(cell.values) > 1
+        parts = []
+        for metric in self.measured.shown:
+            spread = f" ± {self.measured.text(cell.deviation(metric))}" if several else ""
+            parts.append(self.measured.text(cell.mean(metric)) + spread)
+        notes = [axis_text(axis, cell.chosen[axis]) for axis in self.choices]
+        notes += [f"n={len(cell.values)}"] if several else []
+        if reference is not None and reference.values:
+            notes.insert(0, f"{cell.mean(self.measured.choice) / reference.mean(self.measured.choice):.2f}x")
+        return " / ".join(parts) + (f" ({', '.join(notes)})" if notes else "")
 
 
-def make_table(against: str, summaries: list[Summary], measured: Measured) -> Table:
+def make_table(layout: Layout, summaries: list[Summary], measured: Measured) -> Table:
     def values(axis: str) -> tuple:
         return tuple(dict.fromkeys(getattr(summary.run, axis) for summary in summaries))
 
-    others = [axis for axis in ("width", "data_limit") if axis != against and len(values(axis)) > 1]
-    section_axis = others[0] if others else None
-    sections = {}
-    for section in values(section_axis) if section_axis else (None,):
-        inside = [s for s in summaries if section_axis is None or getattr(s.run, section_axis) == section]
-        sections[section] = {
-            rule: [
-                make_cell((s for s in inside if s.run.rule == rule and getattr(s.run, against) == column), measured)
-                for column in values(against)
-            ]
-            for rule in values("rule")
+    used = (layout.against, *layout.best_over, *layout.averaged)
+    remaining = [axis for axis in AXES if axis not in used and len(values(axis)) > 1]
+    grouped = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for summary in summaries:
+        section = tuple((axis, getattr(summary.run, axis)) for axis in remaining)
+        grouped[section][summary.run.rule][getattr(summary.run, layout.against)].append(summary)
+    sections = {
+        section: {
+            rule: [make_cell(cells[column], layout, measured) for column in values(layout.against)]
+            for rule, cells in rows.items()
         }
-    rates = len(values("learning_rate")) if against != "learning_rate" else 1
-    return Table(against, values(against), section_axis, sections, rates)
+        for section, rows in grouped.items()
+    }
+    choices = tuple(axis for axis in layout.best_over if len(values(axis)) > 1)
+    return Table(layout, measured, values(layout.against), sections, choices)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 def report(
-    folder: Path,
-    number: int,
-    experiment,
-    measured: Measured,
-    summaries: list[Summary],
-    references: Mapping[str, Mapping[str, float]],
-) -> str:
-    """Write experiment_<number>.csv, .md and .png into `folder`.
+    path: Path, title: str, layout: Layout, measured: Measured, summaries: list[Summary], beside: list[Summary],
+    references: Mapping[str, Mapping[str, float]], examples: int,
+) -> str:  # fmt: skip
+    """Write `path`.csv, .md and .png.
 
     Args:
+        beside: runs of another experiment to show for comparison; they are not in the .csv.
         references: metrics to compare with, by their name, such as the loss of guessing.
+        examples: number of training examples where the data are not limited.
 
     Returns:
         The text of the .md file, and where the files are.
+
+    Raises:
+        UserError: they cannot be written.
     """
     from wide.figures import draw_figure  # matplotlib takes a second to import
 
-    table = make_table(experiment.against, summaries, measured)
-    text = markdown(experiment.title, table, measured, summaries, references)
-    path = folder / f"experiment_{number}.csv"
-    with writing(folder):
-        replace(path, lambda file: file.write(as_csv(summaries).encode()))
+    table = make_table(layout, [*summaries, *beside], measured)
+    text = markdown(title, table, [*summaries, *beside], references)
+    with writing(path.parent):
+        replace(path.with_suffix(".csv"), lambda file: file.write(as_csv(summaries).encode()))
         replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
-        draw_figure(path.with_suffix(".png"), experiment.title, table, measured, references)
-    return f"{text}\nwritten to {path.with_suffix('')}.csv, .md, .png"
+        replace(path.with_suffix(".png"), lambda file: draw_figure(file, title, table, references, examples))
+    return f"{text}\nwritten to {path}.csv, .md, .png"
 
 
 def as_csv(summaries: list[Summary]) -> str:
@@ -231,40 +267,51 @@ def as_csv(summaries: list[Summary]) -> str:
     return stream.getvalue()
 
 
-def markdown(
-    title: str,
-    table: Table,
-    measured: Measured,
-    summaries: list[Summary],
-    references: Mapping[str, Mapping[str, float]],
-) -> str:
-    lines = [f"# {title}", "", _legend(table, measured, summaries), ""]
+def markdown(title: str, table: Table, summaries: list[Summary], references: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [f"# {title}", "", _legend(table, summaries), ""]
     for section, rows in table.sections.items():
-        if table.section_axis:
-            lines += [f"## {axis_text(table.section_axis, section)}", ""]
-        lines.append("| rule | " + " | ".join(axis_text(table.against, column) for column in table.columns) + " |")
+        if section:
+            lines += [f"## {section_text(section)}", ""]
+        lines.append(
+            "| rule | " + " | ".join(axis_text(table.layout.against, column) for column in table.columns) + " |"
+        )
         lines.append("|---" * (1 + len(table.columns)) + "|")
+        compared = rows.get(table.measured.relative_to) or [None] * len(table.columns)
         for rule, cells in rows.items():
-            lines.append(f"| {RULE_NAMES[rule]} | " + " | ".join(c.text(measured, table.rates) for c in cells) + " |")
+            texts = [table.text(cell, other) for cell, other in zip(cells, compared, strict=True)]
+            lines.append(f"| {RULE_NAMES[rule]} | " + " | ".join(texts) + " |")
         for name, metrics in references.items():
-            text = " / ".join(measured.text(metrics[metric]) for metric in measured.shown)
+            text = " / ".join(table.measured.text(metrics[metric]) for metric in table.measured.shown)
             lines.append(f"| {name} | " + " | ".join([text] * len(table.columns)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _legend(table: Table, measured: Measured, summaries: list[Summary]) -> str:
-    what = " / ".join(measured.label(metric) for metric in measured.shown)
-    when = "best over the epochs" if measured.use_best else "after the last epoch"
-    chosen = f", at the learning rate of the best {measured.choice.replace('_', ' ')}" if table.rates > 1 else ""
-    spread = ", mean ± standard deviation over n seeds" if len({s.run.seed for s in summaries}) > 1 else ""
-    epochs = max(summary.epochs for summary in summaries)
+def _legend(table: Table, summaries: list[Summary]) -> str:
+    measured = table.measured
+    what = " / ".join(metric.replace("_", " ") for metric in measured.shown) + (
+        f", {measured.unit}" * bool(measured.unit)
+    )
+    when = "best over the epochs" if measured.use_best else "at the last epoch"
+    choices = " and ".join(axis.replace("_", " ") for axis in table.choices)
+    chosen = f", at the {choices} of the best {measured.choice.replace('_', ' ')}" if choices else ""
+    several = any(len(cell.values) > 1 for rows in table.sections.values() for cells in rows.values() for cell in cells)
+    averaged = " and ".join(axis.replace("_", " ") for axis in table.layout.averaged)
+    spread = f"; mean ± standard deviation of n runs that differ in {averaged}" if several else ""
+    relative = f"; x: times {RULE_NAMES[measured.relative_to]}" if measured.relative_to else ""
     data = ", ".join(sorted({summary.data for summary in summaries if summary.data}))
     devices = ", ".join(sorted({summary.device for summary in summaries if summary.device}))
-    return f"{what}, {when}{chosen}{spread}. {epochs} epochs; data {data or '-'}; device {devices or '-'}."
+    epochs = max(summary.epochs for summary in summaries)
+    return f"{what}, {when}{chosen}{spread}{relative}. {epochs} epochs; data {data or '-'}; device {devices or '-'}."
+
+
+def section_text(section: tuple) -> str:
+    return ", ".join(axis_text(axis, value) for axis, value in section)
 
 
 def axis_text(axis: str, value) -> str:
     if axis == "data_limit":
         return "all images" if value is None else f"{value} images"
+    if axis == "parameterisation":
+        return {"ntk": "NTK parameterisation", "standard": "standard parameterisation"}[value]
     return f"lr {value:g}" if axis == "learning_rate" else f"{axis} {value}"

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Run:
     parameterisation: str = "ntk"
     variant: str | None = None
     precision: str = "fp32"
+    timed_on: str | None = None  # the device, for runs whose time is the result
 
     @property
     def name(self) -> str:
@@ -62,6 +64,8 @@ class Run:
             for word in (self.parameterisation, self.optimizer, self.variant, self.precision)
             if word not in unusual
         ]
+        if self.timed_on is not None:
+            words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
 
 

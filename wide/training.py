@@ -1,10 +1,11 @@
 """The training loop: one for all tasks, networks and rules."""
 
 import contextlib
+import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ class Averages:
         return {name: float(total) / self.batches for name, total in self.sums.items()}
 
 
-def train(task: Task, folder: RunFolder, epochs: int) -> None:
+def train(task: Task, folder: RunFolder, epochs: int, after_epoch: Callable[[], None] = lambda: None) -> None:
     """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
 
     Stops early at a loss that is not finite: the run's status is then "diverged".
@@ -204,8 +205,15 @@ def train(task: Task, folder: RunFolder, epochs: int) -> None:
                     with thrift.saving():
                         folder.save(training.state())
                 bar.update()
+                after_epoch()
                 if not finite:
                     break
+
+
+def warm_up(task: Task, run: Run, steps: int = 10) -> None:
+    """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
+    for _ in itertools.islice(Training(task, run).steps(), steps):
+        pass
 
 
 def device_name(device: torch.device) -> str:

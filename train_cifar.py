@@ -1,0 +1,104 @@
+"""What the paper trained on CIFAR-10: networks of seven convolutional blocks at widths 8 to 512.
+
+Strides 1, 1, 1, 2, 1, 2, 1; SGD, batch 100, 150 epochs. Tables give validation / test accuracy after the last epoch, at
+the learning rate with the best validation accuracy; the validation split is the first 5000 training images.
+"""
+
+import sys
+
+from setup_cifar import CIFAR
+from wide.command_line import main
+from wide.experiments import Experiment, Subject
+from wide.report import ACCURACY, EPOCH_TIME, Layout
+from wide.tasks import ImageTask
+
+RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
+WIDTHS = (8, 16, 32, 64, 128, 256, 512)
+LEARNING_RATES = (5, 2, 1)
+SEEDS = (100, 101, 102, 103, 104)
+STRIDES = (1, 1, 1, 2, 1, 2, 1)
+QUICK = {"widths": (8, 16), "learning_rates": (5,), "data_limits": (1000,), "epochs": 3}
+
+EXPERIMENTS = {
+    1: Experiment(
+        title="CIFAR-10: accuracy against width",
+        rules=RULES,
+        widths=WIDTHS,
+        learning_rates=LEARNING_RATES,
+        epochs=150,
+        quick=QUICK,
+    ),
+    2: Experiment(
+        title="CIFAR-10: accuracy against learning rate",
+        rules=RULES,
+        widths=(8, 256),
+        learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
+        epochs=150,
+        layout=Layout(against="learning_rate", best_over=()),
+        quick=QUICK | {"learning_rates": (0.2, 1, 5, 20)},
+    ),
+    3: Experiment(
+        title="CIFAR-10: accuracy against width in standard parameterisation, with Adam",
+        rules=("backprop", "align_ada", "align_zero"),
+        widths=WIDTHS,
+        learning_rates=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+        epochs=150,
+        optimizer="adam",
+        parameterisation="standard",
+        beside=(1, ("backprop", "align_ada", "align_zero")),
+        quick=QUICK | {"learning_rates": (0.002, 0.01)},
+    ),
+    4: Experiment(
+        title="CIFAR-10: accuracy against number of training images, at the best width",
+        rules=("backprop", "align_ada", "align_zero", "fa", "dfa"),
+        widths=WIDTHS,
+        learning_rates=LEARNING_RATES,
+        epochs=150,
+        data_limits=(45, 150, 450, 1500, 4500, 15000, 45000),
+        layout=Layout(against="data_limit", best_over=("learning_rate", "width"), figure="gap"),
+        quick=QUICK | {"data_limits": (45, 150, 450)},
+    ),
+    5: Experiment(
+        title="CIFAR-10: accuracy of Align-prop against width",
+        rules=("align_prop",),
+        widths=WIDTHS,
+        learning_rates=LEARNING_RATES,
+        epochs=150,
+        beside=(1, RULES),
+        quick=QUICK,
+    ),
+    6: Experiment(
+        title="CIFAR-10: accuracy over five seeds",
+        rules=("backprop", "align_ada", "dfa", "align_zero", "fa"),
+        widths=(256,),
+        learning_rates=LEARNING_RATES,
+        epochs=150,
+        seeds=SEEDS,
+        layout=Layout(figure="seeds"),
+        quick=QUICK | {"widths": (16,)},
+    ),
+    7: Experiment(
+        title="CIFAR-10: training time of an epoch against width",
+        rules=("backprop", "align_ada", "align_zero"),
+        widths=WIDTHS,
+        learning_rates=LEARNING_RATES,
+        epochs=1,
+        seeds=SEEDS,
+        layout=Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"),
+        measured=EPOCH_TIME,
+        timed=True,
+        quick=QUICK | {"seeds": (100, 101), "epochs": 1},
+    ),
+}
+
+SUBJECT = Subject(
+    dataset="cifar",
+    task=lambda arguments, device: ImageTask(CIFAR(arguments.data_dir), STRIDES, device),
+    networks=("cnn", "mlp"),
+    batch_size=100,
+    measured=ACCURACY,
+    examples=45000,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, SUBJECT, EXPERIMENTS))

@@ -1,0 +1,146 @@
+"""The command line that all scripts share."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from align_rules import RULES
+from wide import UserError
+from wide.experiments import Experiment, Subject, plan, print_list, train_missing
+from wide.report import Summary, report
+from wide.runs import RunFolder
+from wide.training import PRECISIONS, choose_device, choose_precision, device_name
+
+
+def main(
+    description: str, subject: Subject, experiments: Mapping[int, Experiment], argv: Sequence[str] | None = None
+) -> int:
+    """Run the command line of a training script.
+
+    Returns:
+        The exit status: 0 when every run is done, 1 when one failed, 2 for a wrong command line or missing data,
+        130 when interrupted.
+    """
+    parser = build_parser(description, subject, experiments)
+    arguments = parser.parse_args(argv)
+    try:
+        failures = carry_out(subject, experiments, arguments)
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    for folder, reason in failures:
+        print(f"failed: {folder.run.name}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def carry_out(
+    subject: Subject, experiments: Mapping[int, Experiment], arguments: argparse.Namespace
+) -> list[tuple[RunFolder, str]]:
+    """List the experiment's runs, or train those that are missing and report.
+
+    Returns:
+        The runs that are not finished, with the reason.
+
+    Raises:
+        UserError: a wrong command line, missing data, or an outputs folder that cannot be used.
+    """
+    experiment = chosen(experiments[arguments.experiment], arguments)
+    device = choose_device(arguments.device)
+    precision = choose_precision(arguments.precision, device)
+
+    def folders(grid: Experiment) -> list[RunFolder]:
+        runs = plan(subject, grid, arguments, precision, device_name(device))
+        return [RunFolder(arguments.outputs, run) for run in runs]
+
+    mine = folders(experiment)
+    if arguments.list:
+        print_list(mine, experiment.epochs)
+        return []
+    failures = train_missing(subject, experiment, mine, arguments, device)
+    measured, epochs = experiment.measured or subject.measured, experiment.epochs
+    compared = folders(beside(experiments, experiment)) if experiment.beside else []
+    text = report(
+        arguments.outputs / subject.dataset / f"experiment_{arguments.experiment}",
+        experiment.title,
+        experiment.layout,
+        measured,
+        [Summary.read(folder, epochs, measured) for folder in mine],
+        [Summary.read(folder, epochs, measured) for folder in compared if folder.status(epochs) == "done"],
+        subject.references(arguments),
+        subject.examples,
+    )
+    print(text)
+    return failures
+
+
+def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
+    """The experiment with what the command line replaces in it: first --quick, then the single options."""
+    if arguments.quick:
+        experiment = dataclasses.replace(experiment, **experiment.quick)
+    axes = ("rules", "widths", "learning_rates", "seeds", "data_limits", "epochs")
+    given = {axis: value for axis in axes if (value := getattr(arguments, axis, None)) is not None}
+    unrepeated = {axis: tuple(dict.fromkeys(value)) for axis, value in given.items() if axis != "epochs"}
+    return dataclasses.replace(experiment, **{**given, **unrepeated})
+
+
+def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Experiment:
+    """The part of another experiment that is comparable with this one."""
+    number, rules = experiment.beside
+    same = {axis: getattr(experiment, axis) for axis in ("widths", "seeds", "data_limits", "epochs")}
+    return dataclasses.replace(experiments[number], rules=rules, **same)
+
+
+def build_parser(description: str, subject: Subject, experiments: Mapping[int, Experiment]) -> argparse.ArgumentParser:
+    rows = "\n".join(f"  {number}  {experiment.title}" for number, experiment in experiments.items())
+    parser = argparse.ArgumentParser(
+        description=f"{description.strip()}\n\nexperiments:\n{rows}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("experiment", type=int, nargs="?", default=1, choices=sorted(experiments), help="number (default 1)")
+    grid = parser.add_argument_group("the grid: each takes one or more values, which replace the experiment's own")
+    grid.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help=", ".join(RULES))
+    grid.add_argument("--widths", nargs="+", type=positive_int, metavar="N")
+    grid.add_argument("--learning-rates", nargs="+", type=positive_float, metavar="LR")
+    grid.add_argument("--seeds", nargs="+", type=seed, metavar="SEED")
+    if subject.limited:
+        grid.add_argument("--data-limits", nargs="+", type=positive_int, metavar="IMAGES", help="training images used")
+    add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
+    add("--batch-size", type=positive_int, default=subject.batch_size, help="default %(default)s")
+    add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
+    if subject.variants:
+        add("--variant", choices=subject.variants, default=subject.variants[0], help="default %(default)s (README)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
+    add("--data-dir", type=Path, default=Path("data"), help="where the data are, or go (default %(default)s)")
+    add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
+    add("--list", action="store_true", help="print the runs and their state; train nothing")
+    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return value
