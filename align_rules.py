@@ -312,7 +312,7 @@ class FeedbackAlignment(Rule):
         _require_layers(network)
         weights = layer_weights(network)
         if feedback is None:
-            feedback = {name: _normal_like(weight, weight.std(), generator) for name, weight in weights.items()}
+            feedback = {name: _normal_like(weight, weight.detach().std(), generator) for name, weight in weights.items()}
         expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         if (given := {name: tuple(B.shape) for name, B in feedback.items()}) != expected:
             raise ValueError(f"feedback weights must have the names and shapes {expected}, not {given}")
