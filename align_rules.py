@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -151,6 +152,17 @@ class _Activity(NamedTuple):
     function: Callable[[Tensor], Tensor]
 
 
+def _activity(tensor: Tensor) -> _Activity | None:
+    return getattr(tensor, "_activity", None)
+
+
+def _in_place(function: Callable) -> bool:
+    name = function.__name__
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
+    return name.endswith("_")
+
+
 class _Pass(TorchFunctionMode):
     """One run of a network during which `layer` and `activation` stand in for its calls of linear maps and activations.
 
@@ -163,7 +175,9 @@ class _Pass(TorchFunctionMode):
         self.weights = {id(weight): (name, (stand_ins or {}).get(name)) for name, weight in weights.items()}
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
+        keywords = dict(keywords or {})
+        if not arguments and "input" in keywords:
+            arguments = (keywords.pop("input"),)
         if function in LINEAR_MAPS:
             options = dict(zip(LINEAR_MAP_ARGUMENTS, arguments, strict=False)) | keywords
             found = self.find(options["weight"])
@@ -174,9 +188,11 @@ class _Pass(TorchFunctionMode):
         elif self.derives(arguments, keywords):
             return self.derive(function, arguments, keywords)
         result = function(*arguments, **keywords)
-        if function in RESHAPES and hasattr(arguments[0], "_activity"):
-            argument, inner = arguments[0]._activity
-            result._activity = _Activity(argument, lambda t: function(inner(t), *arguments[1:], **keywords))
+        if function in RESHAPES and result is not arguments[0] and (activity := _activity(arguments[0])):
+            inner = activity.function
+            result._activity = _Activity(activity.argument, lambda t: function(inner(t), *arguments[1:], **keywords))
+        elif _in_place(function) and _activity(arguments[0]):
+            arguments[0]._activity = None  # it is no longer what came out of the activation function
         return result
 
     def find(self, tensor: Tensor) -> tuple[str, Tensor | None] | None:
@@ -225,6 +241,11 @@ def _require_layers(network: nn.Module) -> None:
             raise TypeError(
                 f"{name or 'the network'} is a {type(module).__name__}, whose weights are used inside one fused call; "
                 "write it with torch.nn.Linear layers to use this rule (Backprop and AlignZero take it as it is)"
+            )
+        if isinstance(module, LAYERS) and "weight" not in module._parameters:
+            raise TypeError(
+                f"{name or 'the network'} makes its weight from other parameters (weight norm, for example), which "
+                "this rule cannot follow; remove the parametrisation (Backprop and AlignZero take it as it is)"
             )
     if not layer_weights(network):
         raise TypeError("the network has no torch.nn.Linear or torch.nn.Conv layer that a rule could teach")
@@ -312,7 +333,7 @@ class FeedbackAlignment(Rule):
         _require_layers(network)
         weights = layer_weights(network)
         if feedback is None:
-            feedback = {name: _normal_like(weight, weight.detach().std(), generator) for name, weight in weights.items()}
+            feedback = {name: _normal_like(w, w.detach().std(), generator) for name, w in weights.items()}
         expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         if (given := {name: tuple(B.shape) for name, B in feedback.items()}) != expected:
             raise ValueError(f"feedback weights must have the names and shapes {expected}, not {given}")
@@ -356,7 +377,7 @@ class DirectFeedbackAlignment(Rule):
 
     Raises:
         TypeError: the network has fused modules, or no layers.
-        ValueError: at the first call, `feedback` does not fit the blocks of the network.
+        ValueError: at a call, `feedback` does not fit the network's blocks, or the network ends in an activation.
     """
 
     def __init__(
@@ -373,8 +394,15 @@ class DirectFeedbackAlignment(Rule):
         self.drawn = feedback is not None
 
     def attached(self, *inputs, **keywords) -> Tensor:
+        # e does not go back to the inputs either; a gradient there would make them a block.
+        inputs, keywords = _detached(inputs), _detached(keywords)
         with (blocks := _DirectPass(layer_weights(self.network))):
             output = self.network(*inputs, **keywords)
+        if blocks.landed_last:
+            raise ValueError(
+                "the network ends in an activation function, behind which its last layer would not see its own error; "
+                "apply that function outside the network"
+            )
         if not self.drawn:
             self._draw(output, blocks.activities)
         self._check(output, blocks.activities)
@@ -400,8 +428,9 @@ class DirectFeedbackAlignment(Rule):
         # Weights drawn at the first call are not there yet when a checkpoint is loaded into a fresh rule.
         stored = [name for name in state_dict if name.startswith(f"{prefix}feedback.")]
         if not self.drawn and stored:
+            like = next(iter(layer_weights(self.network).values()))
             for k in range(len(stored)):
-                self.feedback.append(torch.empty_like(state_dict[f"{prefix}feedback.{k}"]))
+                self.feedback.append(like.new_empty(state_dict[f"{prefix}feedback.{k}"].shape))
             self.drawn = True
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
@@ -412,6 +441,7 @@ class _DirectPass(_Pass):
     def __init__(self, weights):
         super().__init__(weights)
         self.activities: list[Tensor] = []
+        self.landed_last = False
 
     def activation(self, function, arguments, keywords):
         result = super().activation(function, arguments, keywords)
@@ -420,10 +450,12 @@ class _DirectPass(_Pass):
     def layer(self, linear_map, options, name, stand_in):
         if options["input"].requires_grad:
             options["input"] = self.land(options["input"])
+        self.landed_last = False
         return linear_map(**options)
 
     def land(self, activity: Tensor) -> Tensor:
         self.activities.append(activity)
+        self.landed_last = True
         return activity.detach()
 
 
@@ -453,15 +485,21 @@ class AlignZero(_FromInitial):
     """
 
     def attached(self, *inputs, **keywords) -> Tensor:
+        repeat = _Repeat(self.network)
         with torch.no_grad():
             output = self.network(*inputs, **keywords)
+        with repeat:
+            return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
+
+    def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
+        """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
         initial = dict(self.initial.named_parameters())
         routed = {
             name: parameter if name in self.live else swap_grad(initial[name], parameter)
-            for name, parameter in self.network.named_parameters()
+            for name, parameter in target.named_parameters()
             if parameter.requires_grad
         }
-        return swap_grad(output, functional_call(self.initial, routed, inputs, keywords))
+        return functional_call(self.initial, routed, inputs, keywords)
 
 
 class AlignAda(_FromInitial):
@@ -495,13 +533,13 @@ class AlignAda(_FromInitial):
             raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
 
     def attached(self, *inputs, **keywords) -> Tensor:
+        repeat = _Repeat(self.network)
         with (current := _CurrentPass(layer_weights(self.network))):
             output = self.network(*inputs, **keywords)
         # Live values reach the current network with their gradient; a second way to them would count it twice.
         live = {name: self.network.get_parameter(name).detach() for name in self.live}
-        inputs = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-        with (initial := _InitialPass(self, current.calls)):
-            copied = functional_call(self.initial, live, tuple(inputs), keywords)
+        with repeat, (initial := _InitialPass(self, current.calls)):
+            copied = functional_call(self.initial, live, _detached(inputs), _detached(keywords))
         initial.finish()
         return couple(output, copied)
 
@@ -523,7 +561,7 @@ class _CurrentPass(_Pass):
 
     def layer(self, linear_map, options, name, stand_in):
         layer_input = options["input"]
-        self.calls.append(_Call(name, layer_input, getattr(layer_input, "_activity", None)))
+        self.calls.append(_Call(name, layer_input, _activity(layer_input)))
         options["input"] = layer_input.detach()
         return linear_map(**options)
 
@@ -548,8 +586,8 @@ class _InitialPass(_Pass):
         readout = call.name == self.calls[-1].name
         if self.rule.coupling == "activity" or readout or call.activity is None:
             return couple(layer_input, call.layer_input)
-        argument, function = layer_input._activity
-        return function(couple(argument, call.activity.argument))
+        activity = _activity(layer_input)
+        return activity.function(couple(activity.argument, call.activity.argument))
 
     def finish(self) -> None:
         if self.made != len(self.calls):
@@ -588,8 +626,41 @@ class _Buffers(nn.Module):
         return iter(self._buffers.values())
 
 
+class _Repeat:
+    """Made before a pass and entered for the next, it makes both draw the same random numbers, for dropout."""
+
+    def __init__(self, network: nn.Module):
+        self.needed = any(isinstance(module, _DropoutNd) and module.training for module in network.modules())
+        if self.needed:
+            self.devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
+            self.state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    def __enter__(self):
+        if self.needed:
+            self.fork = torch.random.fork_rng(self.devices)
+            self.fork.__enter__()
+            torch.set_rng_state(self.state[0])
+            for device, state in zip(self.devices, self.state[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+
+    def __exit__(self, *error):
+        if self.needed:
+            self.fork.__exit__(*error)
+
+
+def _detached(values):
+    """The same values, with every tensor in them, in tuples, lists and dictionaries too, cut from its graph."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    if isinstance(values, dict):
+        return {name: _detached(value) for name, value in values.items()}
+    if type(values) in (tuple, list):
+        return type(values)(_detached(value) for value in values)
+    return values
+
+
 def _within(name: str, place: str) -> bool:
-    return name == place or name.startswith(f"{place}.")
+    return not place or name == place or name.startswith(f"{place}.")  # "" is the network itself
 
 
 def _normal_like(tensor: Tensor, std: float | Tensor, generator: torch.Generator | None) -> Tensor:

@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ELU(inplace=True))
         self.branch = nn.Sequential(
             nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.GELU(), nn.Conv2d(6, 6, 1, groups=2)
         )
@@ -72,12 +72,8 @@ each_rule = pytest.mark.parametrize("name", align_rules.RULES)
 
 
 @pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
+def _seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small only wait for a second one
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(name: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[align_rules.Rule, Tensor]:
@@ -472,16 +468,19 @@ def test_imports_torch_and_the_standard_library_only(tmp_path):
 
 
 class Branching(nn.Module):
-    """Calls one layer more, or one less, as a parameter grows."""
+    """Calls the layers of the path that a parameter selects."""
 
-    def __init__(self, more: bool):
+    paths = ("first",), ("second",), ("first", "second")
+
+    def __init__(self, path: int):
         super().__init__()
-        self.switch = nn.Parameter(torch.tensor(0.0 if more else 1.0))
+        self.path = nn.Parameter(torch.tensor(float(path)))
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        activity = self.first(inputs)
-        return self.second(activity) if self.switch > 0.5 else activity
+    def forward(self, activity: Tensor) -> Tensor:
+        for layer in self.paths[int(self.path)]:
+            activity = getattr(self, layer)(activity)
+        return activity
 
 
 @pytest.mark.parametrize(
@@ -518,11 +517,11 @@ def test_networks_without_reachable_layers(name, network, message):
         align_rules.RULES[name](network())
 
 
-@pytest.mark.parametrize("more", [False, True])
-def test_align_ada_needs_the_same_calls(more):
-    network = Branching(more)
+@pytest.mark.parametrize(("initial", "current"), [(0, 2), (2, 0), (0, 1)])  # one call more, one less, another
+def test_align_ada_needs_the_same_calls(initial, current):
+    network = Branching(initial)
     rule = align_rules.AlignAda(network)
-    network.switch.data.fill_(1.0 if more else 0.0)
+    network.path.data.fill_(current)
     with pytest.raises(RuntimeError, match="order of calls"):
         rule(torch.randn(5, 6))
 
@@ -531,3 +530,95 @@ def test_padding_by_name_has_no_feedback():
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding="same"))
     with pytest.raises(NotImplementedError, match="padding='same'"):
         align_rules.AlignProp(network)(torch.randn(2, 2, 6, 6))
+
+
+class ChangedInPlace(nn.Module):
+    """An activity that is changed in place before a layer takes it in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        activity = F.gelu(self.first(inputs))
+        activity += inputs
+        return self.third(torch.tanh(self.second(activity)))
+
+
+def gradients_of(rule: nn.Module, network: nn.Module, *inputs, **keywords) -> list[Tensor]:
+    network.zero_grad()
+    rule(*inputs, **keywords).square().sum().backward()
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def test_align_ada_sees_changes_in_place():
+    network, inputs = ChangedInPlace().double(), torch.randn(5, 6).double()
+    expected = gradients_of(network, network, inputs)
+    for mine, theirs in zip(gradients_of(align_rules.AlignAda(network), network, inputs), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["align_zero", "align_ada"])
+def test_dropout_draws_one_mask_for_both_networks(name):
+    network = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 3)).double()
+    rule, inputs = align_rules.RULES[name](network), torch.randn(5, 6).double()
+    torch.manual_seed(1)
+    expected, state = gradients_of(network, network, inputs), torch.get_rng_state()
+    torch.manual_seed(1)
+    for mine, theirs in zip(gradients_of(rule, network, inputs), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(torch.get_rng_state(), state)  # the copy's draws are not the user's
+
+
+@pytest.mark.parametrize("name", ["last_layer", "fa", "align_prop", "dfa", "align_ada"])
+def test_weights_made_from_others_are_refused(name):
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
+    with pytest.raises(TypeError, match="weight norm"):
+        align_rules.RULES[name](network)
+
+
+class Stateful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
+        return self.second(torch.relu(input=self.first(inputs + state)))
+
+
+def test_inputs_get_their_gradient_once_however_they_are_given():
+    rule, inputs = align_rules.AlignAda(Stateful()), torch.randn(5, 6)
+    gradients = []
+    for by_name in (False, True):
+        state = torch.zeros(5, 6, requires_grad=True)
+        (rule(inputs, state=state) if by_name else rule(inputs, state)).sum().backward()
+        gradients.append(state.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_direct_feedback_needs_a_layer_last():
+    with pytest.raises(ValueError, match="ends in an activation function"):
+        align_rules.DirectFeedbackAlignment(nn.Sequential(nn.Linear(6, 3), nn.Sigmoid()))(torch.randn(5, 6))
+
+
+def test_direct_feedback_takes_inputs_with_a_gradient_as_data():
+    rule, inputs = align_rules.DirectFeedbackAlignment(mlp()), torch.randn(5, 6, requires_grad=True)
+    rule(inputs).sum().backward()
+    assert inputs.grad is None
+    assert len(rule.feedback) == 2
+
+
+def test_a_network_that_is_one_layer():
+    network, inputs = nn.Linear(6, 3), torch.randn(5, 6)
+    expected = gradients_of(network, network, inputs)
+    for name, kind in align_rules.RULES.items():
+        for mine, theirs in zip(gradients_of(kind(network), network, inputs), expected, strict=True):
+            assert torch.equal(mine, theirs), name
+
+
+def test_direct_feedback_from_a_checkpoint_takes_the_networks_type():
+    saved = align_rules.DirectFeedbackAlignment(mlp())
+    saved(torch.randn(5, 6))
+    fresh = align_rules.DirectFeedbackAlignment(mlp().double())
+    fresh.load_state_dict(saved.state_dict())
+    assert {B.dtype for B in fresh.feedback} == {torch.float64}

@@ -3,7 +3,6 @@
 import concurrent.futures
 import importlib.util
 import multiprocessing
-import os
 
 import numpy as np
 import pytest
@@ -32,12 +31,8 @@ RECURRENT_OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
+def _seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small only wait for a second one
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,6 @@ def worker():
 
 def reference_gradients(network: str, options: dict, *arguments):
     """tensorflow_reference.gradients for the network of this name; run by the worker."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from tests import tensorflow_reference
 
     return tensorflow_reference.gradients(getattr(tensorflow_reference, network)(**options), *arguments)
@@ -82,8 +76,10 @@ def arranged(tensor: Tensor) -> np.ndarray:
 
 def in_order(tensors: dict[str, Tensor | None]) -> list[np.ndarray | None]:
     """Parameters or gradients by name, as the reference lists them."""
-    tensors = {name: t.T if name == "initial_state" else t for name, t in tensors.items()}  # (batch, width) stays so
-    return [None if tensor is None else arranged(tensor) for tensor in tensors.values()]
+    return [
+        None if tensor is None else arranged(tensor.T if name == "initial_state" else tensor)  # (batch, width) stays so
+        for name, tensor in tensors.items()
+    ]
 
 
 def parameters(network: nn.Module) -> list[np.ndarray]:

@@ -63,10 +63,14 @@ def carry_out(
         print_list(mine, experiment.epochs)
         return []
     failures = train_missing(subject, experiment, mine, arguments, device)
+    path = arguments.outputs / subject.dataset / f"{subject.stem}_{arguments.experiment}"
+    if experiment.reporter:
+        print(experiment.reporter(path, experiment, mine, arguments))
+        return failures
     measured, epochs = experiment.measured or subject.measured, experiment.epochs
     compared = folders(beside(experiments, experiment)) if experiment.beside else []
     text = report(
-        arguments.outputs / subject.dataset / f"experiment_{arguments.experiment}",
+        path,
         experiment.title,
         experiment.layout,
         measured,
@@ -83,9 +87,9 @@ def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
     """The experiment with what the command line replaces in it: first --quick, then the single options."""
     if arguments.quick:
         experiment = dataclasses.replace(experiment, **experiment.quick)
-    axes = ("rules", "widths", "learning_rates", "seeds", "data_limits", "epochs")
-    given = {axis: value for axis in axes if (value := getattr(arguments, axis, None)) is not None}
-    unrepeated = {axis: tuple(dict.fromkeys(value)) for axis, value in given.items() if axis != "epochs"}
+    names = ("rules", "widths", "learning_rates", "seeds", "data_limits", "keep", "epochs")
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if name != "epochs"}
     return dataclasses.replace(experiment, **{**given, **unrepeated})
 
 
@@ -105,12 +109,19 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add = parser.add_argument
     add("experiment", type=int, nargs="?", default=1, choices=sorted(experiments), help="number (default 1)")
     grid = parser.add_argument_group("the grid: each takes one or more values, which replace the experiment's own")
-    grid.add_argument("--rules", nargs="+", choices=list(RULES), metavar="RULE", help=", ".join(RULES))
-    grid.add_argument("--widths", nargs="+", type=positive_int, metavar="N")
-    grid.add_argument("--learning-rates", nargs="+", type=positive_float, metavar="LR")
-    grid.add_argument("--seeds", nargs="+", type=seed, metavar="SEED")
-    if subject.limited:
-        grid.add_argument("--data-limits", nargs="+", type=positive_int, metavar="IMAGES", help="training images used")
+    options = {
+        "rules": {"choices": list(RULES), "metavar": "RULE", "help": ", ".join(RULES)},
+        "widths": {"type": positive_int, "metavar": "N"},
+        "learning_rates": {"type": positive_float, "metavar": "LR"},
+        "seeds": {"type": seed, "metavar": "SEED"},
+        "data_limits": {"type": positive_int, "metavar": "IMAGES", "help": "training images used"},
+    }
+    for axis in subject.axes:
+        grid.add_argument(f"--{axis.replace('_', '-')}", nargs="+", **options[axis])
+    if subject.scores:
+        kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
+        add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
+        add("--keep-parameters", dest="keep", nargs="*", type=int, metavar="K", help=kept)
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
     add("--batch-size", type=positive_int, default=subject.batch_size, help="default %(default)s")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -36,6 +37,9 @@ class Experiment:
         measured: which metrics are shown; default: the subject's.
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
+        keep: epochs whose parameters are kept.
+        reporter: writes the report in place of the table of rules: (path without suffix, experiment, folders, parsed
+            arguments) -> text. Its grid has one data limit.
         quick: the settings that --quick replaces.
     """
 
@@ -52,6 +56,8 @@ class Experiment:
     measured: Measured | None = None
     beside: tuple[int, tuple[str, ...]] | None = None
     timed: bool = False
+    keep: tuple[int, ...] = ()
+    reporter: "Callable[[Path, Experiment, list[RunFolder], argparse.Namespace], str] | None" = None
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -66,7 +72,9 @@ class Subject:
         batch_size: default.
         measured: the metrics that tables and figures show.
         examples: number of training examples in the full dataset.
-        limited: whether --data-limits makes sense.
+        axes: the axes of the grid that the command line can replace.
+        stem: what names of reports begin with.
+        scores: whether alignment scores are measured, and their options make sense.
         variants: choices of --variant; the first is the default.
         unsuited: rules that are not defined here, with the reason.
         references: metrics to compare with, by name, from the parsed arguments.
@@ -78,7 +86,9 @@ class Subject:
     batch_size: int
     measured: Measured
     examples: int
-    limited: bool = True
+    axes: tuple[str, ...] = ("rules", "widths", "learning_rates", "seeds", "data_limits")
+    stem: str = "experiment"
+    scores: bool = False
     variants: tuple[str, ...] = ()
     unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
     references: Callable[[argparse.Namespace], dict[str, dict[str, float]]] = lambda arguments: {}
@@ -95,6 +105,8 @@ def plan(
     for rule in experiment.rules:
         if rule in subject.unsuited:
             raise UserError(f"--rules {rule}: {subject.unsuited[rule]}")
+    if experiment.reporter and len(experiment.data_limits) > 1:
+        raise UserError("--data-limits takes one value here; for others run the command again")
     runs = []
     axes = (experiment.widths, experiment.data_limits, experiment.seeds, experiment.learning_rates, experiment.rules)
     for width, limit, seed, learning_rate, rule in itertools.product(*axes):
@@ -200,6 +212,8 @@ def train_missing(
         return []
     task, failures = subject.task(arguments, device), []
     _check(task, missing, arguments.outputs / subject.dataset)
+    if experiment.keep:
+        _check_space(task, experiment, missing, arguments.outputs / subject.dataset)
     print(f"{len(missing)} of {len(folders)} runs to train, up to {epochs} epochs each", flush=True)
     pace, announced = Pace(len(task.splits["train"]), epochs), False
     for number, folder in enumerate(tqdm(missing, "runs", unit="run", leave=False, disable=None)):
@@ -232,7 +246,7 @@ def train_one(
         if experiment.timed:
             warm_up(task, folder.run)
         pace.start()
-        train(task, folder, experiment.epochs, after_epoch)
+        train(task, folder, experiment.epochs, experiment.keep, after_epoch)
         return summary_line(folder, experiment.epochs), None
     except Busy:
         return f"{folder.run.name}: left to the process that is training it", "another process is training it"
@@ -251,6 +265,21 @@ def _check(task: Task, missing: list[RunFolder], outputs: Path) -> None:
         tempfile.TemporaryFile(dir=outputs).close()
 
 
+def _check_space(task: Task, experiment: Experiment, missing: list[RunFolder], outputs: Path) -> None:
+    """Say how much disk the runs will take; UserError if there is not that much."""
+    needed = 0
+    for folder in missing:
+        parameters = task.rule(folder.run).state_dict().values()
+        # The checkpoint, once more while it is replaced, and the parameters of each epoch that is kept.
+        needed += (2 + len(experiment.keep)) * sum(p.numel() * p.element_size() for p in parameters)
+    free = shutil.disk_usage(outputs).free
+    print(f"they will take up to {needed / 1e9:.2g} GB of disk; {free / 1e9:.3g} GB are free", flush=True)
+    if needed > free:
+        raise UserError(
+            f"{outputs} has not that much space; use fewer --widths, no --keep-parameters, or other --outputs"
+        )
+
+
 def _say(message: str) -> None:
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
@@ -263,7 +292,7 @@ def _first_line(error: Exception) -> str:
 
 def summary_line(folder: RunFolder, epochs: int) -> str:
     rows = folder.rows()
-    metrics = {name: value for name, value in rows[-1].items() if name not in ("epoch", "seconds")}
+    metrics = {name: value for name, value in rows[-1].items() if name.endswith(("loss", "accuracy"))}
     shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
     seconds = sum(row["seconds"] for row in rows)
     return f"{folder.run.name}: {folder.status(epochs)} at epoch {len(rows)}, {seconds:.1f} s  {shown}"

@@ -22,6 +22,7 @@ STYLES = {
     "fa": {"color": "#c2410c", "marker": "^", "linestyle": "--"},
     "dfa": {"color": "#e0a030", "marker": "v", "linestyle": ":"},
     "last_layer": {"color": "#8a8a8a", "marker": "x", "linestyle": "-."},
+    "pair": {"color": "#111111", "marker": "o", "linestyle": "-"},
 }
 AXIS_LABELS = {
     "width": "width (channels or units per layer)",
@@ -193,3 +194,46 @@ def _plain(panel) -> None:
 def _legend(panel, source=None) -> None:
     handles, labels = (source or panel).get_legend_handles_labels()
     panel.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+
+
+# ----------------------------------------------------------------------------------------------------- alignment scores
+
+MARKERS = "osD^vPX"
+
+
+def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], against: str) -> None:
+    """Alignment scores per layer (lines, darker nearer the input) and their controls (dashed), a panel per section."""
+    figure, panels = _panels(len(sections), sharey=True)
+    for panel, (section, scores) in zip(panels, sections.items(), strict=True):
+        layers = sorted({score.layer for score in scores})
+        for layer in layers:
+            lightness = 0.75 * (layer - 1) / max(len(layers) - 1, 1)
+            style = {"color": plt.get_cmap("viridis")(lightness), "marker": MARKERS[(layer - 1) % len(MARKERS)]}
+            of_layer = [score for score in scores if score.layer == layer]
+            _draw_score(panel, of_layer, "score", against, label=f"layer {layer}", linestyle="-", **style)
+            _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
+        panel.plot([], [], color=GREY, linestyle=":", label="weights shuffled")
+        panel.set_title(section, fontsize=10)
+        panel.set_xlabel(AXIS_LABELS.get(against, against))
+        panel.set_ylim(-0.02, 1.02)
+        panel.set_xscale("log")
+        if against == "width":
+            widths = sorted({score.width for score in scores})
+            panel.set_xticks(widths, [str(width) for width in widths])
+            panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        _plain(panel)
+    panels[0].set_ylabel("alignment score")
+    _legend(panels[-1])
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
+    """The mean over seeds at every place; marks only where there are few places."""
+    places = sorted({getattr(score, against) for score in scores})
+    values = [[getattr(s, kind) for s in scores if getattr(s, against) == place] for place in places]
+    means = [sum(v for v in value if v is not None) / len(value) for value in values]
+    if len(places) > 20:
+        style["marker"] = None
+    panel.plot(places, means, markersize=4, **style)

@@ -19,6 +19,7 @@ RULE_NAMES = {
     "fa": "FA",
     "dfa": "DFA",
     "last_layer": "Last layer",
+    "pair": "Backprop, beside it Align",
 }
 
 
@@ -100,7 +101,8 @@ class Summary:
     @classmethod
     def read(cls, folder: RunFolder, epochs: int, measured: Measured) -> "Summary":
         rows, config = folder.rows()[:epochs], folder.config()
-        metrics = [name for name in (rows[0] if rows else ()) if name != "epoch"]
+        names = [name for name in (rows[0] if rows else ()) if name != "epoch"]
+        metrics = [name for name in names if all(row[name] is not None for row in rows)]
         finite = [row for row in rows if all(math.isfinite(row[name]) for name in metrics)]
         return cls(
             run=folder.run,

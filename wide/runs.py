@@ -106,7 +106,7 @@ class RunFolder:
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{self.config_path} cannot be read ({error}); delete {self.path} to train anew") from error
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, float | None]]:
         """The whole rows of metrics.csv; a last one that was cut off in writing is left out."""
         if not self.metrics_path.exists():
             return []
@@ -198,6 +198,11 @@ class RunFolder:
     def save(self, checkpoint: dict) -> None:
         replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
 
+    def save_parameters(self, epoch: int, parameters: dict[str, torch.Tensor]) -> None:
+        path = self.path / "parameters" / f"epoch_{epoch}.pt"
+        path.parent.mkdir(exist_ok=True)
+        replace(path, lambda file: torch.save(parameters, file))
+
     def load(self, device: torch.device) -> dict | None:
         """The checkpoint, or None where the run has not begun.
 
@@ -284,5 +289,7 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _number(text: str) -> float:
+def _number(text: str) -> float | None:
+    if not text:
+        return None
     return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -22,7 +22,6 @@ and columns, and vanish unless k - m = l - n (equally, k - l = m - n), so that o
 dealt with at a time. A dense layer is a convolution with one tap on one pixel.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -106,10 +105,10 @@ def sampled_score(
         raise ValueError(f"a standard error needs at least two inputs, not {draws} draws of a batch of {batch}")
     like = {"device": delta_normal.device, "dtype": delta_normal.dtype}
     shape = (batch, layer.weight.shape[1], *input_size)
-    products = []
+    deltas, products = [_scaled(delta.detach()) for delta in (delta_normal, delta_align)], []
     for _ in range(draws):
         inputs = torch.randn(shape, generator=generator, **like)
-        P, Q = (_there_and_back(layer, delta.detach(), inputs) for delta in (delta_normal, delta_align))
+        P, Q = (_there_and_back(layer, delta, inputs) for delta in deltas)
         products.append(torch.stack([_products_per_input(*pair) for pair in ((P, Q), (P, P), (Q, Q))]))
     return _jackknife(torch.cat(products, 1).cpu())
 
@@ -183,7 +182,7 @@ def exact_score(
 def _taps(delta: Tensor) -> Tensor:
     """(rows, columns, outputs, inputs)."""
     kernel = delta if delta.dim() == 4 else delta[..., None, None]
-    return kernel.permute(2, 3, 0, 1).to(torch.float64).contiguous()
+    return _scaled(kernel.permute(2, 3, 0, 1).to(torch.float64).contiguous())
 
 
 def _axes(layer: nn.Module, input_size: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -271,8 +270,13 @@ def _cosine(PQ: Tensor, PP: Tensor, QQ: Tensor) -> Tensor:
     return PQ / (PP.sqrt() * QQ.sqrt())
 
 
+def _scaled(delta: Tensor) -> Tensor:
+    """By its largest entry, so that fourth powers neither underflow nor overflow; NaN where zero or not finite."""
+    return delta / delta.abs().max()
+
+
 def _defined(PP: float, QQ: float) -> bool:
-    return all(math.isfinite(square) and square > 0 for square in (PP, QQ))
+    return PP > 0 and QQ > 0  # not so for NaN
 
 
 def _check(layer: nn.Module, delta_normal: Tensor, delta_align: Tensor, input_size: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """What is learned: for each kind of data the networks that fit it, the loss, and what is measured after an epoch."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,12 @@ from torch import Tensor
 
 import align_rules
 from wide import UserError
+from wide.alignment import Pair
 from wide.datasets import ImageDataset, Split, add_sequences
 from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork, draw
 from wide.runs import Run
+
+RULES = {**align_rules.RULES, "pair": Pair}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Task:
     """Data on a device, and how runs learn them.
 
     `columns` are the metrics of metrics.csv: "<split>_<measure>", averaged over batches. Those of the training split
-    are taken during training unless it is evaluated afterwards.
+    are taken during training unless it is evaluated afterwards. `observe`, called with the rule and the epoch, adds
+    metrics of its own.
     """
 
     columns: tuple[str, ...]
+    observe: Callable[[align_rules.Rule, int], dict[str, float | None]] | None = None
     evaluations: tuple[Evaluation, ...]
 
     def __init__(self, splits: dict[str, Split], fingerprint: str, device: torch.device):
@@ -88,7 +94,7 @@ class ImageTask(Task):
         kind = {"fa": "layers", "dfa": "blocks"}.get(run.rule)
         feedback = draw(network, run.seed, kind, self.image_shape)
         settings = {"feedback": feedback} if feedback else {}
-        return align_rules.RULES[run.rule](network, **settings).to(self.device)
+        return RULES[run.rule](network, **settings).to(self.device)
 
     def data(self, run: Run, split: str) -> Split:
         whole = self.splits[split]
@@ -135,8 +141,9 @@ class AddTask(Task):
             "fa": {"feedback": feedback},
             "align_ada": {"coupling": "activity", "live": live, "uncoupled": uncoupled},
             "align_zero": {"live": live},
+            "pair": {"live": live},
         }
-        return align_rules.RULES[run.rule](network, **settings.get(run.rule, {})).to(self.device)
+        return RULES[run.rule](network, **settings.get(run.rule, {})).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over time of the batch mean of the squared error."""

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Training:
     """A run in progress.
 
     Attributes:
-        rule: the network in its rule; `optimizer` steps the network's parameters.
+        rule: the network in its rule; `optimizer` steps the parameters that learn.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
     """
@@ -76,7 +76,8 @@ class Training:
     def __init__(self, task: Task, run: Run):
         self.task, self.run = task, run
         self.rule = task.rule(run)
-        self.optimizer = OPTIMIZERS[run.optimizer](self.rule.network.parameters(), lr=run.learning_rate)
+        learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
+        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate)
         self.stream = np.random.RandomState(run.seed)
         self.epoch = 0
 
@@ -88,6 +89,10 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "stream": pack_stream(self.stream),
         }
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that learn, by name in the rule."""
+        return {name: p.detach() for name, p in self.rule.named_parameters() if p.requires_grad}
 
     def restore(self, state: dict) -> None:
         self.rule.load_state_dict(state["rule"])
@@ -142,7 +147,8 @@ class Training:
             values = self.evaluate(split, stream.permutation(len(split.inputs)))
             metrics |= {f"{evaluation.split}_{name}": value for name, value in values.items()}
         columns = {name: metrics[name] for name in self.task.columns}
-        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4)}
+        observed = self.task.observe(self.rule, self.epoch) if self.task.observe else {}
+        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4), **observed}
 
     def _batches(self, split: Split, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches in this order; what is left over is dropped. A split smaller than a batch is one batch."""
@@ -178,10 +184,19 @@ class Averages:
         return {name: float(total) / self.batches for name, total in self.sums.items()}
 
 
-def train(task: Task, folder: RunFolder, epochs: int, after_epoch: Callable[[], None] = lambda: None) -> None:
+def train(
+    task: Task,
+    folder: RunFolder,
+    epochs: int,
+    keep: Iterable[int] = (),
+    after_epoch: Callable[[], None] = lambda: None,
+) -> None:
     """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
 
     Stops early at a loss that is not finite: the run's status is then "diverged".
+
+    Args:
+        keep: the epochs, 0 among them perhaps, whose parameters are kept as parameters/epoch_<k>.pt.
 
     Raises:
         UserError: the folder cannot be used (see RunFolder).
@@ -194,6 +209,8 @@ def train(task: Task, folder: RunFolder, epochs: int, after_epoch: Callable[[], 
             training.restore(checkpoint)
         else:
             folder.save(training.state())
+            if 0 in keep:
+                folder.save_parameters(0, training.parameters())
         folder.keep(training.epoch)
         name, first = folder.run.name, training.epoch
         with tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
@@ -201,6 +218,8 @@ def train(task: Task, folder: RunFolder, epochs: int, after_epoch: Callable[[], 
                 row = training.train_epoch()
                 finite = math.isfinite(row["train_loss"])
                 folder.append(row)
+                if training.epoch in keep:
+                    folder.save_parameters(training.epoch, training.parameters())
                 if thrift.due() or training.epoch == epochs or not finite:
                     with thrift.saving():
                         folder.save(training.state())
