@@ -37,6 +37,23 @@ def gradients(network, rule: str, inputs, targets, theta, theta0, feedback):
     return output.numpy(), [tf.add_n(found).numpy() if found else None for found in reached]
 
 
+def align_gradients(network, inputs, targets, theta, theta0):
+    """Gradients for the pair of networks behind the alignment score.
+
+    N, at theta, gets that of its loss; A gets J(theta0)^T e, with J the Jacobian of the initial network's output and e
+    the gradient of the loss at N's output.
+    """
+    theta, theta0 = ([tf.constant(t) for t in tensors] for tensors in (theta, theta0))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([theta, theta0])
+        output = network.backprop(tf.constant(inputs), theta, None, None)
+        initial = network.backprop(tf.constant(inputs), theta0, None, None)
+        loss = network.loss(output, targets)
+    error = tape.gradient(loss, output)
+    of_normal, of_align = tape.gradient(loss, theta), tape.gradient(initial, theta0, output_gradients=error)
+    return output.numpy(), [g.numpy() for g in of_normal], [g.numpy() for g in of_align]
+
+
 def along(path, value):
     """`value`, and the gradient of `path` beside its own: value + path - sg(path)."""
     return value + path - sg(path)

@@ -1,36 +1,20 @@
 """The scripts as their users run them: real processes, tiny grids, wrong command lines, missing and broken data."""
 
 import csv
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import ROOT, script
 from small_data import made_up, write_kmnist
 
 from wide.runs import Run, RunFolder
 
-ROOT = Path(__file__).parents[1]
 RULES = ["backprop", "last_layer", "fa", "dfa", "align_prop", "align_ada", "align_zero"]
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-
-
-def script(name, *arguments, **keywords):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    environment = {**os.environ, **NO_NETWORK}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **keywords)
-
-
-@pytest.fixture(scope="module")
-def kmnist(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_kmnist(folder, *made_up(300, (28, 28), seed=1), *made_up(60, (28, 28), seed=2))
-    return folder
 
 
 def tiny(kmnist, outputs, *arguments):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import align_rules
 from wide import networks
+from wide.alignment import Pair
 
 if importlib.util.find_spec("tensorflow") is None:
     pytest.skip("TensorFlow is not installed", allow_module_level=True)
@@ -47,6 +48,13 @@ def reference_gradients(network: str, options: dict, *arguments):
     from tests import tensorflow_reference
 
     return tensorflow_reference.gradients(getattr(tensorflow_reference, network)(**options), *arguments)
+
+
+def reference_pair(network: str, options: dict, *arguments):
+    """tensorflow_reference.align_gradients, likewise."""
+    from tests import tensorflow_reference
+
+    return tensorflow_reference.align_gradients(getattr(tensorflow_reference, network)(**options), *arguments)
 
 
 def randn(*shape: int) -> Tensor:
@@ -164,3 +172,34 @@ def test_recurrent(rule_name, worker):
     options = {"corrected": not rule_name.endswith("published")}
     arrays = (sequences.numpy(), targets.numpy(), parameters(network), theta0, [arranged(B) for B in feedback.values()])
     assert_follows(network, output, worker.submit(reference_gradients, "Recurrent", options, name, *arrays).result())
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONAL, "dense", "recurrent"])
+def test_pairs_of_networks(kind, worker):
+    """The normal network's gradient is backprop's; the align network's is the initial one's at the normal one's error."""
+    if kind == "recurrent":
+        network, inputs, targets = (
+            randomise(networks.RecurrentNetwork(WIDTH, BATCH)),
+            randn(BATCH, TIME),
+            randn(BATCH, TIME),
+        )
+        pair, arranged_inputs = Pair(network, live=("initial_state",)), inputs.numpy()
+    else:
+        network, inputs, _ = image_network(kind, "ntk")
+        pair, targets, arranged_inputs = Pair(network), randn(BATCH, CLASSES), inputs.movedim(1, -1).numpy()
+    theta0 = parameters(network)
+    move(pair.network)
+    move(pair.align)
+    if kind == "recurrent":
+        theta0[0] = parameters(pair.align)[0]  # the state is an activity: the initial network starts from A's
+
+    output = pair(inputs)
+    squared = (output - targets) ** 2
+    (squared.mean(0).sum() if kind == "recurrent" else squared.mean()).backward()
+
+    options = {"strides": CONVOLUTIONAL[kind][1] if kind in CONVOLUTIONAL else (1, 1, 1), "ntk": True}
+    name, options = ("Recurrent", {}) if kind == "recurrent" else ("Layered", options)
+    arrays = arranged_inputs, targets.numpy(), parameters(pair.network), theta0
+    value, of_normal, of_align = worker.submit(reference_pair, name, options, *arrays).result()
+    assert_follows(pair.network, output, (value, of_normal))
+    assert_follows(pair.align, output, (value, of_align))

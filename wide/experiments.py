@@ -275,9 +275,7 @@ def _check_space(task: Task, experiment: Experiment, missing: list[RunFolder], o
     free = shutil.disk_usage(outputs).free
     print(f"they will take up to {needed / 1e9:.2g} GB of disk; {free / 1e9:.3g} GB are free", flush=True)
     if needed > free:
-        raise UserError(
-            f"{outputs} has not that much space; use fewer --widths, no --keep-parameters, or other --outputs"
-        )
+        raise UserError(f"{outputs} has not that much space; use fewer --widths or another --outputs")
 
 
 def _say(message: str) -> None:

@@ -41,9 +41,7 @@ def draw_figure(
         examples: where "all images" lie on an axis of training images.
     """
     figure = KINDS[table.layout.figure](table, references, examples)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, title, file)
 
 
 def lines(table: Table, references, examples: int):
@@ -55,7 +53,7 @@ def lines(table: Table, references, examples: int):
         _logarithmic(panel, table, examples)
         panel.set_title(section_text(section), fontsize=10)
     panels[0].set_ylabel(table.measured.label(_drawn(table)))
-    _legend(panels[-1])
+    _legend(figure, panels[-1])
     return figure
 
 
@@ -69,8 +67,7 @@ def gap(table: Table, references, examples: int):
             _logarithmic(panel, table, examples)
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
         pair[1].set_ylabel(f"backprop's {_drawn(table).replace('_', ' ')} minus the rule's (points)")
-    figure.tight_layout()
-    _legend(panels[0] if len(panels) == 1 else panels[-1], panels[0])
+    _legend(figure, panels[0])
     return figure
 
 
@@ -99,6 +96,8 @@ def timing(table: Table, references, examples: int):
     for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
         _draw_lines(pair[0], table, rows, examples)
         pair[0].set_yscale("log")
+        pair[0].yaxis.set_major_formatter("{x:g}")
+        pair[0].yaxis.set_minor_formatter("{x:g}")
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
         for rule, cells in rows.items():
             both = zip(cells, rows.get(reference, cells), strict=True)
@@ -108,8 +107,7 @@ def timing(table: Table, references, examples: int):
         pair[1].set_ylim(bottom=0)
         for panel in pair:
             _logarithmic(panel, table, examples)
-    figure.tight_layout()
-    _legend(panels[-1], panels[0])
+    _legend(figure, panels[0])
     return figure
 
 
@@ -120,8 +118,15 @@ KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing}
 
 
 def _panels(count: int, sharey: bool = False):
-    figure, panels = plt.subplots(1, count, figsize=(1.0 + 4.2 * count, 4.0), sharey=sharey, squeeze=False)
+    size = (1.6 + 4.2 * count, 4.0)
+    figure, panels = plt.subplots(1, count, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
     return figure, panels[0]
+
+
+def _save(figure, title: str, file: BinaryIO) -> None:
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, format="png", dpi=150)
+    plt.close(figure)
 
 
 def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
@@ -191,9 +196,9 @@ def _plain(panel) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(panel, source=None) -> None:
-    handles, labels = (source or panel).get_legend_handles_labels()
-    panel.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+def _legend(figure, panel) -> None:
+    """The panel's labels, beside the figure."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
 # ----------------------------------------------------------------------------------------------------- alignment scores
@@ -217,16 +222,15 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         panel.set_xlabel(AXIS_LABELS.get(against, against))
         panel.set_ylim(-0.02, 1.02)
         panel.set_xscale("log")
-        if against == "width":
-            widths = sorted({score.width for score in scores})
-            panel.set_xticks(widths, [str(width) for width in widths])
+        places = sorted({getattr(score, against) for score in scores})
+        if len(places) <= 10:
+            panel.set_xticks(places, [str(place) for place in places])
             panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        panel.xaxis.set_major_formatter("{x:g}")
         _plain(panel)
     panels[0].set_ylabel("alignment score")
-    _legend(panels[-1])
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    _legend(figure, panels[-1])
+    _save(figure, title, file)
 
 
 def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:

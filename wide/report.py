@@ -52,15 +52,13 @@ class Measured:
         return f"{100 * value:.1f}" if self.percent else f"{value:.3g}"
 
     def label(self, metric: str) -> str:
-        unit = f" ({self.unit})" if self.unit else ""
-        return metric.replace("_", " ") + unit
+        name = {"seconds": "training time of an epoch"}.get(metric, metric.replace("_", " "))
+        return f"{name} ({self.unit})" if self.unit else name
 
 
 ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
-BEST_LOSS = Measured(
-    ("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error, summed over the sequence"
-)
-EPOCH_TIME = Measured(("seconds",), higher=False, unit="seconds of training per epoch", relative_to="backprop")
+BEST_LOSS = Measured(("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error per sequence")
+EPOCH_TIME = Measured(("seconds",), higher=False, unit="s", relative_to="backprop")
 
 
 @dataclasses.dataclass(frozen=True)

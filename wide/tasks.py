@@ -97,8 +97,10 @@ class ImageTask(Task):
         return RULES[run.rule](network, **settings).to(self.device)
 
     def data(self, run: Run, split: str) -> Split:
-        whole = self.splits[split]
-        limit = None if split == "test" else run.data_limit
+        """Of limited data the first images of each split, but 1000 for the test or more: all would outlast training."""
+        whole, limit = self.splits[split], run.data_limit
+        if split == "test" and limit is not None:
+            limit = max(limit, 1000)
         return Split(whole.inputs[:limit], whole.targets[:limit])
 
     def batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,146 @@
+"""Pairs of networks and their scores, through the training loop and the scripts."""
+
+import csv
+import json
+import math
+from collections import namedtuple
+
+import pytest
+import torch
+from running import script
+from test_golden import GOLDEN, image_task
+
+from wide.alignment import AlignmentScores, Pair
+from wide.alignment_report import read_scores
+from wide.networks import ConvolutionalNetwork, RecurrentNetwork, draw
+from wide.runs import Run, RunFolder
+from wide.scores import exact_score
+from wide.tasks import AddTask
+from wide.training import Training, train
+
+PAIR = Run("add", "rnn", "pair", width=8, learning_rate=0.001, seed=99, batch_size=50, variant="published")
+
+
+def test_golden_weight_changes():
+    """The published "normal" and "align" networks, trained here in one run."""
+    golden = json.loads((GOLDEN / "alignment_kmnist.json").read_text())["training"]
+    training = Training(image_task("kmnist", torch.float32, seed=2), Run("kmnist", "cnn", "pair", 8, 5.0, 99, 50))
+    rows = [training.train_epoch() for _ in range(4)]
+    for name, network in (("normal", training.rule.network), ("align", training.rule.align)):
+        initial = dict(training.rule.initial.named_parameters())
+        changes = {n: float((p - initial[n]).detach().norm()) for n, p in network.named_parameters()}
+        weights = [change for n, change in changes.items() if n.endswith("weight")]
+        assert weights == pytest.approx(golden[name]["delta_norm"], rel=0.01)
+        assert changes["readout.bias"] == pytest.approx(golden[name]["bias_delta_norm"][-1], rel=0.01)
+    accuracies = [row["validation_accuracy"] for row in rows]
+    assert accuracies == pytest.approx(golden["normal"]["validation"], abs=1 / 50 + 1e-6)
+
+
+def test_scores_are_those_of_the_changes():
+    network = ConvolutionalNetwork(1, 4, (1, 2), 3)
+    draw(network, 1)
+    pair = Pair(network)
+    for one in (pair.network, pair.align):
+        for parameter in one.parameters():
+            parameter.data += torch.randn_like(parameter)
+    metrics = AlignmentScores((8, 8))(pair, 1)
+    assert list(metrics) == ["score_1", "control_1", "score_2", "control_2"]
+    for number, size in ((1, (8, 8)), (2, (8, 8))):
+        initial, normal, align = (m.blocks[number - 1].layer for m in (pair.initial, pair.network, pair.align))
+        changes = [(layer.weight - initial.weight).detach() for layer in (normal, align)]
+        assert metrics[f"score_{number}"] == exact_score(initial, *changes, size).value
+    assert AlignmentScores((8, 8), epochs=[2])(pair, 1) == dict.fromkeys(metrics)
+
+
+def test_scores_before_any_change_are_undefined():
+    network = RecurrentNetwork(4, 2)
+    draw(network, 1)
+    assert AlignmentScores()(Pair(network), 0)["score_1"] is None
+
+
+def test_the_normal_network_is_the_one_that_backprop_trains():
+    pair = Training(AddTask("published", torch.device("cpu")), PAIR)
+    alone = Training(AddTask("published", torch.device("cpu")), Run(**{**vars(PAIR), "rule": "backprop"}))
+    for _ in range(2):
+        assert pair.train_epoch()["test_loss"] == alone.train_epoch()["test_loss"]
+
+
+def test_pairs_resume_to_the_same_scores(tmp_path):
+    task = AddTask("corrected", torch.device("cpu"))
+    task.observe = AlignmentScores()
+    whole, parts = RunFolder(tmp_path / "whole", PAIR), RunFolder(tmp_path / "parts", PAIR)
+    train(task, whole, 3, keep=(0, 2))
+    train(task, parts, 1, keep=(0, 2))
+    train(task, parts, 3, keep=(0, 2))
+    assert read_scores(whole, 3) == read_scores(parts, 3)
+    assert len(read_scores(whole, 3)) == 3
+    kept = [torch.load(f.path / "parameters" / "epoch_2.pt", weights_only=True) for f in (whole, parts)]
+    assert {name.split(".")[0] for name in kept[0]} == {"network", "align"}
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert (whole.path / "parameters" / "epoch_0.pt").exists()
+    assert not (whole.path / "parameters" / "epoch_1.pt").exists()
+
+
+def test_alignment_kmnist_end_to_end(kmnist, tmp_path):
+    options = ["--batch-size", 50, "--data-dir", kmnist, "--outputs", tmp_path]
+    first = script("alignment_kmnist.py", 2, *options, "--widths", 4, 8, "--epochs", 2)
+    assert first.returncode == 0, first.stderr
+    assert "2 of 2 runs to train" in first.stdout  # what part 2 needs is trained first
+    assert "GB of disk" in first.stdout
+    assert "| layer | width 4 | width 8 |" in first.stdout
+
+    third = script("alignment_kmnist.py", 3, *options, "--widths", 8, "--epochs", 3)
+    assert third.returncode == 0, third.stderr
+    assert "| layer | epoch 1 | epoch 2 | epoch 3 |" in third.stdout
+    with open(tmp_path / "kmnist" / "alignment_3.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 3
+    assert all(0 < float(row["score"]) <= 1 + 1e-9 and math.isfinite(float(row["control"])) for row in rows)
+    assert (tmp_path / "kmnist" / "alignment_3.png").stat().st_size > 5000
+
+    again = script("alignment_kmnist.py", 3, *options, "--widths", 8, "--epochs", 3, "--score-epochs", 1, 3)
+    assert again.returncode == 0
+    assert again.stdout.startswith("# KMNIST")
+    assert "| layer | epoch 1 | epoch 3 |" in again.stdout
+
+    trained = script("alignment_kmnist.py", 1, *options, "--widths", 4, 8, "--epochs", 3)
+    assert trained.returncode == 0
+    assert "1 of 2 runs to train" in trained.stdout
+
+
+@pytest.mark.parametrize("variant", ["published", "corrected"])
+def test_alignment_add_end_to_end(tmp_path, variant):
+    options = ["--widths", 8, "--epochs", 2, "--variant", variant, "--outputs", tmp_path, "--seeds", 1, 2]
+    done = script("alignment_add.py", 3, *options, "--keep-parameters")
+    assert done.returncode == 0, done.stderr
+    assert "±" in done.stdout
+    assert "| 1, weights shuffled |" in done.stdout
+    assert not list(tmp_path.rglob("epoch_*.pt"))
+
+
+def test_epochs_that_were_not_scored(tmp_path):
+    options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path]
+    assert script("alignment_add.py", 1, *options, "--score-epochs", 1).returncode == 0
+    done = script("alignment_add.py", 2, *options)
+    assert done.returncode == 2
+    assert "no scores after epoch 2" in done.stderr
+
+
+def test_one_data_limit_at_a_time(kmnist, tmp_path):
+    options = ["--data-dir", kmnist, "--outputs", tmp_path, "--data-limits", 20, 50]
+    done = script("alignment_kmnist.py", 2, *options)
+    assert done.returncode == 2
+    assert "one value" in done.stderr
+
+
+def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    import alignment_add
+    from wide.alignment_report import scored
+    from wide.command_line import main
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 1000))
+    options = ["1", "--widths", "8", "--epochs", "1", "--outputs", str(tmp_path)]
+    assert main("", scored(alignment_add.SUBJECT), alignment_add.EXPERIMENTS, options) == 2
+    assert "another --outputs" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.csv"))
