@@ -176,13 +176,10 @@ def test_recurrent(rule_name, worker):
 
 @pytest.mark.parametrize("kind", [*CONVOLUTIONAL, "dense", "recurrent"])
 def test_pairs_of_networks(kind, worker):
-    """The normal network's gradient is backprop's; the align network's is the initial one's at the normal one's error."""
+    """The normal network's gradient is backprop's, the align network's the initial one's at the normal one's error."""
     if kind == "recurrent":
-        network, inputs, targets = (
-            randomise(networks.RecurrentNetwork(WIDTH, BATCH)),
-            randn(BATCH, TIME),
-            randn(BATCH, TIME),
-        )
+        network = randomise(networks.RecurrentNetwork(WIDTH, BATCH))
+        inputs, targets = randn(BATCH, TIME), randn(BATCH, TIME)
         pair, arranged_inputs = Pair(network, live=("initial_state",)), inputs.numpy()
     else:
         network, inputs, _ = image_network(kind, "ntk")

@@ -289,9 +289,7 @@ def markdown(title: str, table: Table, summaries: list[Summary], references: Map
 
 def _legend(table: Table, summaries: list[Summary]) -> str:
     measured = table.measured
-    what = " / ".join(metric.replace("_", " ") for metric in measured.shown) + (
-        f", {measured.unit}" * bool(measured.unit)
-    )
+    what = " / ".join(measured.label(metric) for metric in measured.shown)
     when = "best over the epochs" if measured.use_best else "at the last epoch"
     choices = " and ".join(axis.replace("_", " ") for axis in table.choices)
     chosen = f", at the {choices} of the best {measured.choice.replace('_', ' ')}" if choices else ""
