@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -143,27 +144,28 @@ class Pace:
     """How long the runs that are missing will take, from the epochs trained so far.
 
     The time of a step at a width not seen yet is extrapolated as a power of the width, from the two widest seen. An
-    epoch counts with its evaluation.
+    epoch counts with its evaluation; the first of all does not count, since it pays for what happens only once.
     """
 
     def __init__(self, examples: int, epochs: int):
         self.examples, self.epochs = examples, epochs
         self.seen: dict[int, list[float]] = defaultdict(list)  # seconds per step, by width
-        self.clock = time.monotonic()
+        self.clock: float | None = None
 
     def start(self) -> None:
-        self.clock = time.monotonic()
+        self.clock = time.monotonic() if self.seen else None
 
     def epoch(self, run: Run) -> None:
         now = time.monotonic()
-        self.seen[run.width].append((now - self.clock) / self.steps(run))
+        if self.clock is not None:
+            self.seen[run.width].append((now - self.clock) / self.steps(run))
         self.clock = now
 
     def steps(self, run: Run) -> float:
         return max((run.data_limit or self.examples) / run.batch_size, 1)
 
     def step_seconds(self, width: int) -> float:
-        means = {seen: sum(times) / len(times) for seen, times in sorted(self.seen.items())}
+        means = {seen: statistics.fmean(times) for seen, times in sorted(self.seen.items())}
         if width in means:
             return means[width]
         *_, widest = means
@@ -222,8 +224,8 @@ def train_missing(
         def after_epoch(run=folder.run, left=left):
             nonlocal announced
             pace.epoch(run)
-            if not announced and len(left) > 1:
-                _say(f"about {duration(pace.left(left))} left, judging by the first epoch")
+            if pace.seen and not announced and len(left) > 1:
+                _say(f"about {duration(pace.left(left))} left, judging by the first epochs")
                 announced = True
 
         message, reason = train_one(task, folder, experiment, pace, after_epoch)
