@@ -8,7 +8,7 @@ import sys
 
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.report import BEST_LOSS
+from wide.tables import BEST_LOSS
 from wide.tasks import AddTask
 
 EXPERIMENTS = {

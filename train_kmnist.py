@@ -9,7 +9,7 @@ import sys
 from setup_kmnist import KMNIST
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.report import ACCURACY, Layout
+from wide.tables import ACCURACY, Layout
 from wide.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")

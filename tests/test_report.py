@@ -7,8 +7,9 @@ import statistics
 import pytest
 
 from wide.figures import KINDS, draw_figure
-from wide.report import ACCURACY, BEST_LOSS, EPOCH_TIME, RULE_NAMES, Layout, Summary, as_csv, make_table, markdown
+from wide.report import as_csv, markdown
 from wide.runs import Run, RunFolder
+from wide.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, RULE_NAMES, Layout, Summary, make_table
 
 
 def summary(

@@ -7,12 +7,14 @@ import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from wide import UserError
 from wide.alignment import AlignmentScores
 from wide.experiments import Experiment, Subject
-from wide.runs import RunFolder, replace, writing
+from wide.report import write_report
+from wide.runs import RunFolder
 
 KINDS = ("score", "control")
 TABLE_EPOCHS = 10  # columns of the table of scores against time; the .csv has every epoch
@@ -138,11 +140,8 @@ def _write(
     from wide.figures import draw_scores  # matplotlib takes a second to import
 
     text = _markdown(title, sections, against, folders)
-    with writing(path.parent):
-        replace(path.with_suffix(".csv"), lambda file: file.write(_as_csv(sections).encode()))
-        replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
-        replace(path.with_suffix(".png"), lambda file: draw_scores(file, title, sections, against))
-    return f"{text}\nwritten to {path}.csv, .md, .png"
+    draw = partial(draw_scores, title=title, sections=sections, against=against)
+    return write_report(path, _as_csv(sections), text, draw)
 
 
 def _as_csv(sections: Mapping[str, list[LayerScore]]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from align_rules import RULES
 from wide import UserError
 from wide.experiments import Experiment, Subject, plan, print_list, train_missing
-from wide.report import Summary, report
+from wide.report import report
 from wide.runs import RunFolder
+from wide.tables import Summary
 from wide.training import PRECISIONS, choose_device, choose_precision, device_name
 
 

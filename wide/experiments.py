@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
-from wide.report import Layout, Measured
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
+from wide.tables import Layout, Measured
 from wide.tasks import Task
 from wide.training import train, warm_up
 

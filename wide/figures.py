@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from wide.report import RULE_NAMES, Cell, Table, section_text
+from wide.tables import RULE_NAMES, Cell, Table, section_text
 
 # A rule looks the same in every figure; lightness, marker and dashes tell the rules apart without colour.
 STYLES = {

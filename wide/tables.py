@@ -1,0 +1,228 @@
+"""Tables from what is in outputs/: runs in figures, the best of them, their averages. Nothing here trains."""
+
+import dataclasses
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+
+from wide.runs import Run, RunFolder
+
+RULE_NAMES = {
+    "backprop": "Backprop",
+    "align_ada": "Align-ada",
+    "align_zero": "Align-zero",
+    "align_prop": "Align-prop",
+    "fa": "FA",
+    "dfa": "DFA",
+    "last_layer": "Last layer",
+    "pair": "Backprop, beside it Align",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Which metrics are shown, and which run is best.
+
+    Args:
+        shown: the metrics of a table's cell, in order. The first chooses the best epoch and learning rate; the last is
+            drawn in figures.
+        higher: whether more is better.
+        percent: whether to print a share as a percentage.
+        use_best: show the best value over the epochs (each metric its own, as published), not the final one.
+        unit: of the metrics, for legends and axes.
+        relative_to: a rule; cells also say how many times its value theirs is.
+    """
+
+    shown: tuple[str, ...]
+    higher: bool
+    percent: bool = False
+    use_best: bool = False
+    unit: str = ""
+    relative_to: str | None = None
+
+    @property
+    def choice(self) -> str:
+        return self.shown[0]
+
+    def text(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.percent else f"{value:.3g}"
+
+    def label(self, metric: str) -> str:
+        name = {"seconds": "training time of an epoch"}.get(metric, metric.replace("_", " "))
+        return f"{name} ({self.unit})" if self.unit else name
+
+
+ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
+BEST_LOSS = Measured(("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error per sequence")
+EPOCH_TIME = Measured(("seconds",), higher=False, unit="s", relative_to="backprop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a table and its figure show a grid.
+
+    Args:
+        against: the axis of the columns: "width", "learning_rate" or "data_limit".
+        best_over: the axes over which the best is chosen.
+        averaged: the axes over which values are averaged, with their standard deviation.
+        figure: the kind of figure (wide/figures.py).
+
+    Other axes with several values become sections of the table and panels of the figure.
+    """
+
+    against: str = "width"
+    best_over: tuple[str, ...] = ("learning_rate",)
+    averaged: tuple[str, ...] = ("seed",)
+    figure: str = "lines"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A run in figures: its metrics at the last epoch and at their best, up to the epochs that an experiment asks for.
+
+    `best`, for accuracies, is taken at the epoch of the best validation accuracy; for losses each at its own lowest.
+    """
+
+    run: Run
+    status: str
+    epochs: int
+    final: Mapping[str, float]
+    best: Mapping[str, float]
+    seconds: float
+    data: str
+    device: str
+
+    @classmethod
+    def read(cls, folder: RunFolder, epochs: int, measured: Measured) -> "Summary":
+        rows, config = folder.rows()[:epochs], folder.config()
+        names = [name for name in (rows[0] if rows else ()) if name != "epoch"]
+        metrics = [name for name in names if all(row[name] is not None for row in rows)]
+        finite = [row for row in rows if all(math.isfinite(row[name]) for name in metrics)]
+        return cls(
+            run=folder.run,
+            status=folder.status(epochs),
+            epochs=len(rows),
+            final={name: rows[-1][name] for name in metrics} if rows else {},
+            best=_best(finite, metrics, measured),
+            seconds=sum(row["seconds"] for row in rows),
+            data=config.get("run", {}).get("data", ""),
+            device=", ".join(dict.fromkeys(session["device"] for session in config.get("sessions", []))),
+        )
+
+    def shown(self, measured: Measured) -> Mapping[str, float]:
+        return self.best if measured.use_best else self.final
+
+
+def _best(rows: list[dict], metrics: list[str], measured: Measured) -> dict[str, float]:
+    if not rows:
+        return {}
+    pick = max if measured.higher else min
+    if measured.use_best:
+        return {name: pick(row[name] for row in rows) for name in metrics}
+    row = pick(rows, key=lambda row: row[measured.choice])
+    return {name: row[name] for name in metrics}
+
+
+# ------------------------------------------------------------------------------------------------------------- cells
+
+AXES = ("parameterisation", "width", "data_limit", "learning_rate", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One place of a table: runs that differ in averaged axes only, at the best of the axes that are chosen over.
+
+    `values` has the metrics of each run; it is empty where no run came through. `chosen` are the axes' best values.
+    """
+
+    values: tuple[Mapping[str, float], ...]
+    chosen: Mapping[str, object]
+    status: str
+
+    def mean(self, metric: str) -> float:
+        return statistics.fmean(value[metric] for value in self.values)
+
+    def deviation(self, metric: str) -> float:
+        """Standard deviation; 0 for one run."""
+        return statistics.stdev(value[metric] for value in self.values) if len(self.values) > 1 else 0.0
+
+
+def make_cell(summaries: list[Summary], layout: Layout, measured: Measured) -> Cell:
+    """The cell of runs that belong to one rule and column: of the settings chosen over, the best on average."""
+    candidates = defaultdict(list)
+    for summary in summaries:
+        candidates[tuple(getattr(summary.run, axis) for axis in layout.best_over)].append(summary)
+    through = [
+        Cell(tuple(s.shown(measured) for s in group), dict(zip(layout.best_over, key, strict=True)), "done")
+        for key, group in candidates.items()
+        if all(summary.status == "done" for summary in group)
+    ]
+    if not through:
+        states = dict.fromkeys(summary.status for summary in summaries)
+        return Cell((), {}, "diverged" if "diverged" in states else ", ".join(states) or "-")
+    pick = max if measured.higher else min
+    return pick(through, key=lambda cell: cell.mean(measured.choice))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rules against one axis.
+
+    `sections` maps the values of the remaining axes, ((axis, value), ...), to rows of cells by rule. `choices` are the
+    axes chosen over that had a choice.
+    """
+
+    layout: Layout
+    measured: Measured
+    columns: tuple
+    sections: Mapping[tuple, Mapping[str, list[Cell]]]
+    choices: tuple[str, ...]
+
+    def text(self, cell: Cell, reference: Cell | None) -> str:
+        """A cell in words; `reference` is that of `measured.relative_to` in the same column."""
+        if not cell.values:
+            return cell.status
+        several = len(cell.values) > 1
+        parts = []
+        for metric in self.measured.shown:
+            spread = f" ± {self.measured.text(cell.deviation(metric))}" if several else ""
+            parts.append(self.measured.text(cell.mean(metric)) + spread)
+        notes = [axis_text(axis, cell.chosen[axis]) for axis in self.choices]
+        notes += [f"n={len(cell.values)}"] if several else []
+        if reference is not None and reference.values:
+            notes.insert(0, f"{cell.mean(self.measured.choice) / reference.mean(self.measured.choice):.2f}x")
+        return " / ".join(parts) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def make_table(layout: Layout, summaries: list[Summary], measured: Measured) -> Table:
+    def values(axis: str) -> tuple:
+        return tuple(dict.fromkeys(getattr(summary.run, axis) for summary in summaries))
+
+    used = (layout.against, *layout.best_over, *layout.averaged)
+    remaining = [axis for axis in AXES if axis not in used and len(values(axis)) > 1]
+    grouped = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for summary in summaries:
+        section = tuple((axis, getattr(summary.run, axis)) for axis in remaining)
+        grouped[section][summary.run.rule][getattr(summary.run, layout.against)].append(summary)
+    sections = {
+        section: {
+            rule: [make_cell(cells[column], layout, measured) for column in values(layout.against)]
+            for rule, cells in rows.items()
+        }
+        for section, rows in grouped.items()
+    }
+    choices = tuple(axis for axis in layout.best_over if len(values(axis)) > 1)
+    return Table(layout, measured, values(layout.against), sections, choices)
+
+
+def section_text(section: tuple) -> str:
+    return ", ".join(axis_text(axis, value) for axis, value in section)
+
+
+def axis_text(axis: str, value) -> str:
+    if axis == "data_limit":
+        return "all images" if value is None else f"{value} images"
+    if axis == "parameterisation":
+        return {"ntk": "NTK parameterisation", "standard": "standard parameterisation"}[value]
+    return f"lr {value:g}" if axis == "learning_rate" else f"{axis} {value}"
