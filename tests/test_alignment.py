@@ -114,16 +114,29 @@ def test_alignment_add_end_to_end(tmp_path, variant):
     done = script("alignment_add.py", 3, *options, "--keep-parameters")
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
-    assert "| 1, weights shuffled |" in done.stdout
+    assert "| W_hh, weights shuffled |" in done.stdout
     assert not list(tmp_path.rglob("epoch_*.pt"))
 
 
 def test_epochs_that_were_not_scored(tmp_path):
     options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path]
+    refused = script("alignment_add.py", 2, *options, "--score-epochs", 1)
+    assert refused.returncode == 2
+    assert "add 2 to --score-epochs" in refused.stderr
+    assert not list(tmp_path.iterdir())  # before any training
     assert script("alignment_add.py", 1, *options, "--score-epochs", 1).returncode == 0
     done = script("alignment_add.py", 2, *options)
     assert done.returncode == 2
     assert "no scores after epoch 2" in done.stderr
+    both = script("alignment_add.py", 2, *options, "--widths", 4, 8)
+    assert both.returncode == 0
+    assert "Without scores (diverged, not trained or not scored): rnn-pair-width8" in both.stdout
+
+
+def test_parameters_cannot_be_kept_after_the_end(tmp_path):
+    done = script("alignment_add.py", 1, "--epochs", 2, "--keep-parameters", 3, "--outputs", tmp_path)
+    assert done.returncode == 2
+    assert "training ends at epoch 2" in done.stderr
 
 
 def test_one_data_limit_at_a_time(kmnist, tmp_path):

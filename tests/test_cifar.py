@@ -74,7 +74,7 @@ EXPECTED = {
     4: ["| rule | 20 images | 40 images |", "width "],
     5: ["| Align-prop |", "| Backprop |"],
     6: ["±", "n=2"],
-    7: ["1.00x", "device cpu"],
+    7: ["1.00x", "threads."],
 }
 
 
@@ -96,6 +96,14 @@ def test_each_experiment(small, outputs, number):
     listed = script(*command, "--list")
     runs = len(list(csv.DictReader((outputs / "cifar" / f"experiment_{number}.csv").open())))
     assert f"{runs} runs of 1 epochs: {runs} done, 0 to train" in listed.stdout
+
+
+def test_runs_of_another_experiment_count_once(small, outputs):
+    options = ["--rules", "align_prop", "backprop", "--widths", 4, "--learning-rates", 1, "--epochs", 1]
+    done = script("train_cifar.py", 5, *options, "--batch-size", 20, "--data-dir", small, "--outputs", outputs)
+    assert done.returncode == 0, done.stderr
+    assert "| Backprop |" in done.stdout
+    assert "n=2" not in done.stdout
 
 
 def test_all_images_are_no_limit(small, outputs):

@@ -105,7 +105,45 @@ def test_damaged_config(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 1)
     folder.config_path.write_text("{")
-    with pytest.raises(UserError, match=r"config.json cannot be read .*delete"):
+    with pytest.raises(UserError, match=r"config.json is damaged .*delete"):
+        train(task, folder, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["abc,def\n", "epoch,train_loss,test_loss,seconds\n1,1.5,x,0.1\n", "epoch,train_loss,test_loss,seconds\n2,1,1,1\n"],
+)
+def test_damaged_metrics(task, tmp_path, text):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    folder.metrics_path.write_text(text + "1,2,3,4\n" * text.startswith("abc"))
+    with pytest.raises(UserError, match=r"metrics.csv is damaged .*delete"):
+        folder.status(1)
+
+
+@pytest.mark.parametrize("damage", ["last row", "all"])
+def test_rows_that_a_checkpoint_covers_are_needed(task, tmp_path, damage):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 3)
+    lines = folder.metrics_path.read_text().splitlines(keepends=True)
+    folder.metrics_path.write_text("".join(lines[:-1]) if damage == "last row" else "")
+    with pytest.raises(UserError, match="rows up to epoch 3 are missing"):
+        train(task, folder, 5)
+
+
+def test_a_run_without_its_config_is_not_continued(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    folder.config_path.unlink()
+    with pytest.raises(UserError, match=r"config.json is damaged \(it is missing\)"):
+        train(task, folder, 2)
+
+
+def test_a_checkpoint_of_something_else(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    torch.save({"epoch": 1}, folder.checkpoint_path)
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged .*delete"):
         train(task, folder, 2)
 
 

@@ -15,6 +15,7 @@ from wide.alignment import AlignmentScores
 from wide.experiments import Experiment, Subject
 from wide.report import write_report
 from wide.runs import RunFolder
+from wide.tables import settings_text, unusual_text
 
 KINDS = ("score", "control")
 TABLE_EPOCHS = 10  # columns of the table of scores against time; the .csv has every epoch
@@ -63,7 +64,11 @@ def alignment_experiments(
     return {
         1: grid,
         2: dataclasses.replace(
-            grid, title=f"{name}: alignment score against width", epochs=scored_after, reporter=against_width
+            grid,
+            title=f"{name}: alignment score against width",
+            epochs=scored_after,
+            scored_last=True,
+            reporter=against_width,
         ),
         3: dataclasses.replace(
             grid,
@@ -80,12 +85,12 @@ def alignment_experiments(
 
 @dataclasses.dataclass(frozen=True)
 class LayerScore:
-    """A score of a layer, numbered from the input, and of its control."""
+    """A score of a layer, and of its control. Layers are "layer 1", from the input, and so on; of an RNN "W_hh"."""
 
     width: int
     seed: int
     epoch: int
-    layer: int
+    layer: str
     score: float
     control: float | None
     standard_error: float = 0.0  # scores are computed in closed form
@@ -98,7 +103,8 @@ def read_scores(folder: RunFolder, epochs: int) -> list[LayerScore]:
         layers = [int(name.removeprefix("score_")) for name in row if name.startswith("score_")]
         for layer in layers:
             if (score := row[f"score_{layer}"]) is not None:
-                place = (folder.run.width, folder.run.seed, int(row["epoch"]), layer)
+                name = "W_hh" if folder.run.network == "rnn" else f"layer {layer}"
+                place = (folder.run.width, folder.run.seed, int(row["epoch"]), name)
                 scores.append(LayerScore(*place, score, row[f"control_{layer}"]))
     return scores
 
@@ -139,6 +145,7 @@ def _write(
 ) -> str:
     from wide.figures import draw_scores  # matplotlib takes a second to import
 
+    title += unusual_text([folder.run for folder in folders])
     text = _markdown(title, sections, against, folders)
     draw = partial(draw_scores, title=title, sections=sections, against=against)
     return write_report(path, _as_csv(sections), text, draw)
@@ -146,17 +153,22 @@ def _write(
 
 def _as_csv(sections: Mapping[str, list[LayerScore]]) -> str:
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [field.name for field in dataclasses.fields(LayerScore)])
+    names = [field.name for field in dataclasses.fields(LayerScore)]
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(dataclasses.asdict(score) for scores in sections.values() for score in scores)
     return stream.getvalue()
 
 
 def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, folders: list[RunFolder]) -> str:
-    data = ", ".join(sorted({folder.config().get("run", {}).get("data", "-") for folder in folders}))
+    data = ", ".join(sorted({config["run"]["data"] for folder in folders if (config := folder.config())}))
     seeds = len({folder.run.seed for folder in folders})
     spread = "mean ± standard deviation over seeds; " if seeds > 1 else ""
-    lines = [f"# {title}", "", f"{spread}computed exactly (standard error 0); data {data}.", ""]
+    runs = [folder.run for folder in folders]
+    lines = [f"# {title}", "", f"{spread}computed exactly (standard error 0); {settings_text(runs)}; data {data}.", ""]
+    shown = {(score.width, score.seed) for scores in sections.values() for score in scores}
+    if absent := [run.name for run in runs if (run.width, run.seed) not in shown]:
+        lines += [f"Without scores (diverged, not trained or not scored): {', '.join(absent)}.", ""]
     for section, scores in sections.items():
         places = _thinned(sorted({getattr(score, against) for score in scores}))
         lines += [f"## {section}", ""] if section else []
@@ -165,7 +177,7 @@ def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str
         for kind in KINDS:
             for layer in sorted({score.layer for score in scores}):
                 cells = [[s for s in scores if s.layer == layer and getattr(s, against) == place] for place in places]
-                label = f"{layer}" if kind == "score" else f"{layer}, weights shuffled"
+                label = layer if kind == "score" else f"{layer}, weights shuffled"
                 lines.append(f"| {label} | " + " | ".join(mean_and_text(cell, kind)[1] for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

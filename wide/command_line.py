@@ -1,10 +1,11 @@
 """The command line that all scripts share."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from align_rules import RULES
@@ -63,25 +64,54 @@ def carry_out(
     if arguments.list:
         print_list(mine, experiment.epochs)
         return []
+
+    def beside_folders() -> list[RunFolder]:
+        return folders(beside(experiments, experiment)) if experiment.beside else []
+
+    check_epochs(experiment, arguments)
     failures = train_missing(subject, experiment, mine, arguments, device)
+    try:
+        print(reported(subject, experiment, mine, beside_folders(), arguments))
+    except UserError:
+        if not failures:
+            raise
+    return failures
+
+
+def reported(
+    subject: Subject,
+    experiment: Experiment,
+    mine: list[RunFolder],
+    others: list[RunFolder],
+    arguments: argparse.Namespace,
+) -> str:
+    """Write the experiment's report; `others` are runs to show beside it where they are done on the same data."""
     path = arguments.outputs / subject.dataset / f"{subject.stem}_{arguments.experiment}"
     if experiment.reporter:
-        print(experiment.reporter(path, experiment, mine, arguments))
-        return failures
+        return experiment.reporter(path, experiment, mine, arguments)
     measured, epochs = experiment.measured or subject.measured, experiment.epochs
-    compared = folders(beside(experiments, experiment)) if experiment.beside else []
-    text = report(
+    summaries = [Summary.read(folder, epochs, measured) for folder in mine]
+    data, runs = {summary.data for summary in summaries}, {folder.run for folder in mine}
+    compared = [Summary.read(folder, epochs, measured) for folder in others if folder.run not in runs]
+    return report(
         path,
         experiment.title,
         experiment.layout,
         measured,
-        [Summary.read(folder, epochs, measured) for folder in mine],
-        [Summary.read(folder, epochs, measured) for folder in compared if folder.status(epochs) == "done"],
+        summaries,
+        [summary for summary in compared if summary.status == "done" and summary.data in data],
         subject.references(arguments),
         subject.examples,
     )
-    print(text)
-    return failures
+
+
+def check_epochs(experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Raise UserError for epochs that are asked to be scored or kept but will not be trained, before any training."""
+    if any(epoch > experiment.epochs for epoch in getattr(arguments, "keep", None) or ()):
+        raise UserError(f"--keep-parameters: training ends at epoch {experiment.epochs}")
+    asked = getattr(arguments, "score_epochs", None)
+    if experiment.scored_last and asked and experiment.epochs not in asked:
+        raise UserError(f"scores after epoch {experiment.epochs} are shown; add {experiment.epochs} to --score-epochs")
 
 
 def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
@@ -103,7 +133,7 @@ def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Exp
 
 def build_parser(description: str, subject: Subject, experiments: Mapping[int, Experiment]) -> argparse.ArgumentParser:
     rows = "\n".join(f"  {number}  {experiment.title}" for number, experiment in experiments.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"{description.strip()}\n\nexperiments:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -122,7 +152,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     if subject.scores:
         kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
         add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
-        add("--keep-parameters", dest="keep", nargs="*", type=int, metavar="K", help=kept)
+        add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
     add("--batch-size", type=positive_int, default=subject.batch_size, help="default %(default)s")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
@@ -137,22 +167,26 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     return parser
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help says more)\n")
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(kind: type, accepted: Callable[[float], bool], description: str) -> Callable[[str], float]:
+    """A converter for argparse."""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accepted(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+
+    return convert
 
 
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
-    return value
+positive_int = number(int, lambda value: value >= 1, "a positive whole number")
+epoch_number = number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive_float = number(float, lambda value: value > 0 and math.isfinite(value), "a positive number")
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number between 0 and 2**32 - 1")

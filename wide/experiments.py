@@ -39,6 +39,7 @@ class Experiment:
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
         keep: epochs whose parameters are kept.
+        scored_last: whether the report is of the scores after the last epoch.
         reporter: writes the report in place of the table of rules: (path without suffix, experiment, folders, parsed
             arguments) -> text. Its grid has one data limit.
         quick: the settings that --quick replaces.
@@ -58,6 +59,7 @@ class Experiment:
     beside: tuple[int, tuple[str, ...]] | None = None
     timed: bool = False
     keep: tuple[int, ...] = ()
+    scored_last: bool = False
     reporter: "Callable[[Path, Experiment, list[RunFolder], argparse.Namespace], str] | None" = None
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -213,10 +215,10 @@ def train_missing(
     if not missing:
         return []
     task, failures = subject.task(arguments, device), []
-    _check(task, missing, arguments.outputs / subject.dataset)
+    _check(task, folders, missing, arguments.outputs / subject.dataset)
     if experiment.keep:
         _check_space(task, experiment, missing, arguments.outputs / subject.dataset)
-    print(f"{len(missing)} of {len(folders)} runs to train, up to {epochs} epochs each", flush=True)
+    print(f"{experiment.title}: {len(missing)} of {len(folders)} runs to train, {epochs} epochs each", flush=True)
     pace, announced = Pace(len(task.splits["train"]), epochs), False
     for number, folder in enumerate(tqdm(missing, "runs", unit="run", leave=False, disable=None)):
         left = missing[number:]
@@ -231,9 +233,10 @@ def train_missing(
         message, reason = train_one(task, folder, experiment, pace, after_epoch)
         if reason:
             failures.append((folder, reason))
-        rest = missing[number + 1 :]
+        rest = [other for other in missing[number + 1 :] if other.status(epochs) not in FINISHED]
         _say(message + (f"  [{len(rest)} runs, about {duration(pace.left(rest))} left]" if rest and pace.seen else ""))
-    return failures
+    # What another process was training may be done by now.
+    return [(folder, reason) for folder, reason in failures if folder.status(epochs) not in FINISHED]
 
 
 def train_one(
@@ -249,6 +252,8 @@ def train_one(
             warm_up(task, folder.run)
         pace.start()
         train(task, folder, experiment.epochs, experiment.keep, after_epoch)
+        if (status := folder.status(experiment.epochs)) not in FINISHED:
+            return f"{folder.run.name}: {status}", status
         return summary_line(folder, experiment.epochs), None
     except Busy:
         return f"{folder.run.name}: left to the process that is training it", "another process is training it"
@@ -258,10 +263,11 @@ def train_one(
         return f"{folder.run.name}: failed: {_first_line(error)}", f"{_first_line(error)}; see {folder.error_path}"
 
 
-def _check(task: Task, missing: list[RunFolder], outputs: Path) -> None:
-    """Raise UserError, before anything is trained, for what would stop these runs."""
+def _check(task: Task, folders: list[RunFolder], missing: list[RunFolder], outputs: Path) -> None:
+    """Raise UserError, before anything is trained, for what would stop these runs, or mix data in their table."""
     for folder in missing:
         task.check(folder.run)
+    for folder in folders:
         folder.check(task.fingerprint)
     with writing(outputs):
         tempfile.TemporaryFile(dir=outputs).close()
@@ -271,7 +277,10 @@ def _check_space(task: Task, experiment: Experiment, missing: list[RunFolder], o
     """Say how much disk the runs will take; UserError if there is not that much."""
     needed = 0
     for folder in missing:
-        parameters = task.rule(folder.run).state_dict().values()
+        try:
+            parameters = task.rule(folder.run).state_dict().values()
+        except (RuntimeError, MemoryError):  # too large to make: the run itself will say so
+            continue
         # The checkpoint, once more while it is replaced, and the parameters of each epoch that is kept.
         needed += (2 + len(experiment.keep)) * sum(p.numel() * p.element_size() for p in parameters)
     free = shutil.disk_usage(outputs).free

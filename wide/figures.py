@@ -66,7 +66,7 @@ def gap(table: Table, references, examples: int):
         for panel in pair:
             _logarithmic(panel, table, examples)
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
-        pair[1].set_ylabel(f"backprop's {_drawn(table).replace('_', ' ')} minus the rule's (points)")
+        pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit})")
     _legend(figure, panels[0])
     return figure
 
@@ -198,7 +198,7 @@ def _plain(panel) -> None:
 
 def _legend(figure, panel) -> None:
     """The panel's labels, beside the figure."""
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
 # ----------------------------------------------------------------------------------------------------- alignment scores
@@ -211,11 +211,11 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
     figure, panels = _panels(len(sections), sharey=True)
     for panel, (section, scores) in zip(panels, sections.items(), strict=True):
         layers = sorted({score.layer for score in scores})
-        for layer in layers:
-            lightness = 0.75 * (layer - 1) / max(len(layers) - 1, 1)
-            style = {"color": plt.get_cmap("viridis")(lightness), "marker": MARKERS[(layer - 1) % len(MARKERS)]}
+        for number, layer in enumerate(layers):
+            lightness = 0.75 * number / max(len(layers) - 1, 1)
+            style = {"color": plt.get_cmap("viridis")(lightness), "marker": MARKERS[number % len(MARKERS)]}
             of_layer = [score for score in scores if score.layer == layer]
-            _draw_score(panel, of_layer, "score", against, label=f"layer {layer}", linestyle="-", **style)
+            _draw_score(panel, of_layer, "score", against, label=layer, linestyle="-", **style)
             _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
         panel.plot([], [], color=GREY, linestyle=":", label="weights shuffled")
         panel.set_title(section, fontsize=10)
@@ -237,7 +237,8 @@ def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
     """The mean over seeds at every place; marks only where there are few places."""
     places = sorted({getattr(score, against) for score in scores})
     values = [[getattr(s, kind) for s in scores if getattr(s, against) == place] for place in places]
-    means = [sum(v for v in value if v is not None) / len(value) for value in values]
+    defined = [[value for value in group if value is not None] for group in values]
+    means = [sum(group) / len(group) if group else float("nan") for group in defined]
     if len(places) > 20:
         style["marker"] = None
     panel.plot(places, means, markersize=4, **style)

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wide.runs import Run, replace, writing
-from wide.tables import RULE_NAMES, Layout, Measured, Summary, Table, axis_text, make_table, section_text
+from wide.tables import (
+    RULE_NAMES,
+    Layout,
+    Measured,
+    Summary,
+    Table,
+    axis_text,
+    make_table,
+    section_text,
+    settings_text,
+    unusual_text,
+)
 
 
 def report(
@@ -26,6 +37,8 @@ def report(
     from wide.figures import draw_figure  # matplotlib takes a second to import
 
     table = make_table(layout, [*summaries, *beside], measured)
+    title += unusual_text([summary.run for summary in summaries])
+    examples = max((images for s in summaries if (images := s.training_images)), default=examples)
     text = markdown(title, table, [*summaries, *beside], references)
     draw = partial(draw_figure, title=title, table=table, references=references, examples=examples)
     return write_report(path, as_csv(summaries), text, draw)
@@ -52,11 +65,12 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
 
 def as_csv(summaries: list[Summary]) -> str:
     """A row per run: its settings, final and best metrics, seconds, status."""
-    metrics = list(dict.fromkeys(name for summary in summaries for name in summary.final))
+    metrics = list(dict.fromkeys(name for summary in summaries for name in summary.final if name != "seconds"))
     names = [field.name for field in dataclasses.fields(Run)]
     final, best = [f"final_{name}" for name in metrics], [f"best_{name}" for name in metrics]
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*names, "epochs", *final, *best, "seconds", "status", "data", "device"])
+    columns = [*names, "epochs", *final, *best, "seconds", "status", "data", "device"]
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for summary in summaries:
         row = dataclasses.asdict(summary.run)
@@ -69,6 +83,8 @@ def as_csv(summaries: list[Summary]) -> str:
 
 def markdown(title: str, table: Table, summaries: list[Summary], references: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"# {title}", "", _legend(table, summaries), ""]
+    if len({summary.data for summary in summaries if summary.data}) > 1:
+        lines += ["**These runs were trained on different data: the cells are not comparable.**", ""]
     for section, rows in table.sections.items():
         if section:
             lines += [f"## {section_text(section)}", ""]
@@ -100,4 +116,5 @@ def _legend(table: Table, summaries: list[Summary]) -> str:
     data = ", ".join(sorted({summary.data for summary in summaries if summary.data}))
     devices = ", ".join(sorted({summary.device for summary in summaries if summary.device}))
     epochs = max(summary.epochs for summary in summaries)
-    return f"{what}, {when}{chosen}{spread}{relative}. {epochs} epochs; data {data or '-'}; device {devices or '-'}."
+    same = settings_text([summary.run for summary in summaries])
+    return f"{what}, {when}{chosen}{spread}{relative}. {epochs} epochs; {same}; data {data or '-'}; {devices or '-'}."

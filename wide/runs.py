@@ -102,17 +102,32 @@ class RunFolder:
         if not self.config_path.exists():
             return {}
         try:
-            return json.loads(self.config_path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.config_path} cannot be read ({error}); delete {self.path} to train anew") from error
+            config = json.loads(self.config_path.read_text())
+            return {"run": dict(config["run"]), "sessions": list(config["sessions"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self.damaged(self.config_path, error) from error
 
     def rows(self) -> list[dict[str, float | None]]:
-        """The whole rows of metrics.csv; a last one that was cut off in writing is left out."""
+        """The whole rows of metrics.csv; a last one that was cut off in writing is left out.
+
+        Raises:
+            UserError: they are damaged, or not those of epochs 1, 2, 3 and so on.
+        """
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(whole)]
+        try:
+            lines = self.metrics_path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(whole)]
+            if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+                raise ValueError("its rows are not those of consecutive epochs")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self.damaged(self.metrics_path, error) from error
+        return rows
+
+    def damaged(self, path: Path, error: Exception) -> UserError:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{path} is damaged ({what}); delete {self.path} to train that run anew")
 
     def status(self, epochs: int) -> str:
         """done, diverged, failed (at epoch k), at epoch k, or missing."""
@@ -147,9 +162,11 @@ class RunFolder:
     def check(self, fingerprint: str) -> None:
         """
         Raises:
-            UserError: the folder holds a run with other settings or other data.
+            UserError: the folder holds a run with other settings or other data, or does not say which.
         """
         config, mine = self.config(), self.identity(fingerprint)
+        if not config and (self.metrics_path.exists() or self.checkpoint_path.exists()):
+            raise self.damaged(self.config_path, FileNotFoundError("it is missing"))
         theirs = config.get("run", mine)
         if differing := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
             was = ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
@@ -158,8 +175,8 @@ class RunFolder:
     def identity(self, fingerprint: str) -> dict:
         return {**dataclasses.asdict(self.run), "data": fingerprint}
 
-    def begin_session(self, fingerprint: str, device: str) -> None:
-        """Record in config.json the session that starts.
+    def begin_session(self, fingerprint: str, device: str, epoch: int) -> None:
+        """Record in config.json the session that starts, after this epoch.
 
         Raises:
             UserError: as `check`, or the folder cannot be written.
@@ -167,7 +184,7 @@ class RunFolder:
         self.check(fingerprint)
         session = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "from_epoch": len(self.rows()),
+            "from_epoch": epoch,
             "device": device,
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -182,15 +199,23 @@ class RunFolder:
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row to metrics.csv; it is on disk when this returns."""
-        new = not self.metrics_path.exists()
+        new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
         with open(self.metrics_path, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
 
     def keep(self, epochs: int) -> None:
-        """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers."""
+        """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers.
+
+        Raises:
+            UserError: rows up to there are missing.
+        """
+        if len(self.rows()) < epochs:
+            raise self.damaged(self.metrics_path, ValueError(f"rows up to epoch {epochs} are missing"))
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
         if lines and lines[epochs + 1 :]:
             replace(self.metrics_path, lambda file: file.write("".join(lines[: epochs + 1]).encode()))
@@ -211,13 +236,12 @@ class RunFolder:
         """
         if not self.checkpoint_path.exists():
             if self.rows():
-                raise UserError(f"{self.checkpoint_path} is missing, so the run cannot go on; delete {self.path}")
+                raise self.damaged(self.checkpoint_path, FileNotFoundError("it is missing, so the run cannot go on"))
             return None
         try:
             return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise UserError(f"{self.checkpoint_path} cannot be read ({what}); delete {self.path}") from error
+            raise self.damaged(self.checkpoint_path, error) from error
 
 
 @contextlib.contextmanager

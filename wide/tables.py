@@ -110,6 +110,12 @@ class Summary:
             device=", ".join(dict.fromkeys(session["device"] for session in config.get("sessions", []))),
         )
 
+    @property
+    def training_images(self) -> int | None:
+        """How many there were to train on, as the data's fingerprint says."""
+        count = self.data.partition("-")[0]
+        return int(count) if count.isdigit() else None
+
     def shown(self, measured: Measured) -> Mapping[str, float]:
         return self.best if measured.use_best else self.final
 
@@ -201,19 +207,43 @@ def make_table(layout: Layout, summaries: list[Summary], measured: Measured) -> 
 
     used = (layout.against, *layout.best_over, *layout.averaged)
     remaining = [axis for axis in AXES if axis not in used and len(values(axis)) > 1]
+    columns = tuple(sorted(values(layout.against), key=lambda value: (value is None, value or 0)))
     grouped = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for summary in summaries:
         section = tuple((axis, getattr(summary.run, axis)) for axis in remaining)
         grouped[section][summary.run.rule][getattr(summary.run, layout.against)].append(summary)
     sections = {
         section: {
-            rule: [make_cell(cells[column], layout, measured) for column in values(layout.against)]
-            for rule, cells in rows.items()
+            rule: [make_cell(cells[column], layout, measured) for column in columns] for rule, cells in rows.items()
         }
         for section, rows in grouped.items()
     }
     choices = tuple(axis for axis in layout.best_over if len(values(axis)) > 1)
-    return Table(layout, measured, values(layout.against), sections, choices)
+    return Table(layout, measured, columns, sections, choices)
+
+
+def settings_text(runs: list[Run]) -> str:
+    """What all these runs have in common."""
+    texts = {
+        "network": "network {}",
+        "variant": "{} variant",
+        "optimizer": "{}",
+        "learning_rate": "lr {:g}",
+        "batch_size": "batch {}",
+        "data_limit": "first {} images",
+        "seed": "seed {}",
+        "precision": "{}",
+    }
+    common = {name: values.pop() for name in texts if len(values := {getattr(run, name) for run in runs}) == 1}
+    return ", ".join(texts[name].format(value) for name, value in common.items() if value is not None)
+
+
+def unusual_text(runs: list[Run]) -> str:
+    """For a title: what is not as in the paper, in all of these runs."""
+    unusual = {"mlp": "fully connected", "corrected": "corrected variant", "bf16": "bf16"}
+    values = [{getattr(run, name) for run in runs} for name in ("network", "variant", "precision")]
+    words = [unusual[value] for value in (v.pop() for v in values if len(v) == 1) if value in unusual]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def section_text(section: tuple) -> str:

@@ -47,11 +47,17 @@ class Task:
         Raises:
             UserError: the run does not fit the data.
         """
-        images = len(self.data(run, "train").inputs)
-        if images < run.batch_size:
-            raise UserError(f"{images} training examples make no batch of {run.batch_size}; use a smaller --batch-size")
+        examples = len(self.splits["train"])
+        if run.data_limit is not None and run.data_limit > examples:
+            raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
+        if examples < run.batch_size:
+            raise UserError(f"{examples} training images make no batch of {run.batch_size}; use a smaller --batch-size")
         if run.batch_size < 2:
-            raise UserError("a batch of one cannot be normalised over the batch; use --batch-size 2 or more")
+            limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
+            raise UserError(
+                f"a batch of one{limited}, cannot be normalised over the batch; choose --batch-size and --data-limits "
+                "with a common divisor of at least 2"
+            )
 
     def rule(self, run: Run) -> align_rules.Rule:
         """A fresh network with its published initial parameters, wrapped in the run's rule, on the device."""

@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import math
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -203,15 +205,19 @@ def train(
         Busy: another process trains this run.
     """
     with folder.locked():
-        folder.begin_session(task.fingerprint, device_name(task.device))
+        folder.check(task.fingerprint)
         training, thrift = Training(task, folder.run), Thrift()
         if (checkpoint := folder.load(task.device)) is not None:
-            training.restore(checkpoint)
-        else:
+            try:
+                training.restore(checkpoint)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise folder.damaged(folder.checkpoint_path, error) from error
+        folder.keep(training.epoch)
+        folder.begin_session(task.fingerprint, device_name(task.device), training.epoch)
+        if checkpoint is None:
             folder.save(training.state())
             if 0 in keep:
                 folder.save_parameters(0, training.parameters())
-        folder.keep(training.epoch)
         name, first = folder.run.name, training.epoch
         with tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
             while training.epoch < epochs:
@@ -236,4 +242,11 @@ def warm_up(task: Task, run: Run, steps: int = 10) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """The GPU's name; or the processor's, and on how many threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")  # platform.processor() says less, where it says anything
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or "CPU"
+    return f"{model}, {torch.get_num_threads()} threads"
