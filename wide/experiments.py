@@ -221,6 +221,8 @@ def train_missing(
     print(f"{experiment.title}: {len(missing)} of {len(folders)} runs to train, {epochs} epochs each", flush=True)
     pace, announced = Pace(len(task.splits["train"]), epochs), False
     for number, folder in enumerate(tqdm(missing, "runs", unit="run", leave=False, disable=None)):
+        if folder.status(epochs) in FINISHED:
+            continue  # another process has trained it meanwhile
         left = missing[number:]
 
         def after_epoch(run=folder.run, left=left):
