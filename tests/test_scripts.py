@@ -136,9 +136,9 @@ def test_interrupt_says_how_to_go_on(kmnist, tmp_path):
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(kmnist, tmp_path):
-    """A folder that holds a file where the checkpoint should go fails; the exit status and the last line tell."""
+    """A run whose folder cannot be locked fails; the exit status and the last line tell."""
     broken = RunFolder(tmp_path, Run("kmnist", "cnn", "fa", 4, 1.0, 99, 50))
-    broken.checkpoint_path.mkdir(parents=True)
+    (broken.path / ".lock").mkdir(parents=True)
     done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "fa", "backprop"))
     assert done.returncode == 1
     assert "cnn-backprop-width4-lr1-seed99-batch50: done" in done.stdout
@@ -149,7 +149,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(kmnist, tmp_path):
     assert "Traceback" in broken.error_path.read_text()
     assert "Traceback" not in done.stderr
 
-    broken.checkpoint_path.rmdir()
+    (broken.path / ".lock").rmdir()
     assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "fa", "backprop")).returncode == 0
     assert not broken.error_path.exists()
 
@@ -167,7 +167,7 @@ WRONG = {
     "no such rule": (["1", "--rules", "hebb"], "invalid choice"),
     "width zero": (["1", "--widths", "0"], "not a positive whole number"),
     "rate of nan": (["1", "--learning-rates", "nan"], "not a positive number"),
-    "seed too large": (["1", "--seeds", "4294967296"], "not between"),
+    "seed too large": (["1", "--seeds", "4294967296"], "not a whole number between"),
     "no epochs": (["1", "--epochs", "0"], "not a positive whole number"),
     "no number": (["1", "--widths", "wide"], "'wide' is not a positive whole number"),
     "unknown option": (["1", "--width", "8", "--colour", "red"], "unrecognized arguments"),
