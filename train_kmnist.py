@@ -23,7 +23,7 @@ EXPERIMENTS = {
         widths=WIDTHS,
         learning_rates=(5, 2, 1),
         epochs=100,
-        quick={"widths": (8, 32), "learning_rates": (5,), "data_limits": (2000,), "epochs": 5},
+        quick={"widths": (8, 32), "learning_rates": (5,), "data_limits": (3000,), "epochs": 10},
     ),
     2: Experiment(
         title="KMNIST: accuracy against learning rate",
