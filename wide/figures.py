@@ -3,6 +3,8 @@
 Line figures show the last of the shown metrics against the table's axis, a panel per section and a line per rule.
 """
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import BinaryIO
 
@@ -234,11 +236,15 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
 
 
 def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
-    """The mean over seeds at every place; marks only where there are few places."""
+    """The mean over seeds at every place, with bars for their spread; marks only where there are few places."""
     places = sorted({getattr(score, against) for score in scores})
     values = [[getattr(s, kind) for s in scores if getattr(s, against) == place] for place in places]
     defined = [[value for value in group if value is not None] for group in values]
-    means = [sum(group) / len(group) if group else float("nan") for group in defined]
+    means = [statistics.fmean(group) if group else math.nan for group in defined]
     if len(places) > 20:
         style["marker"] = None
     panel.plot(places, means, markersize=4, **style)
+    spread = [statistics.stdev(group) if len(group) > 1 else 0 for group in defined]
+    if any(spread):
+        bars = {"ecolor": style["color"], "elinewidth": 1, "capsize": 3, "alpha": style.get("alpha", 1)}
+        panel.errorbar(places, means, spread, fmt="none", **bars)
