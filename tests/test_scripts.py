@@ -11,6 +11,7 @@ import pytest
 import torch
 from running import ROOT, script
 from small_data import made_up, write_kmnist
+from test_runs import assert_same
 
 from wide.runs import Run, RunFolder
 
@@ -109,13 +110,7 @@ def test_killed_and_started_again(kmnist, tmp_path, rule):
     process.wait()
     assert 3 <= len(killed.rows()) < 12
     assert script("train_kmnist.py", *command, tmp_path / "killed").returncode == 0
-
-    def comparable(folder):
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in folder.rows()]
-
-    assert comparable(whole) == comparable(killed)
-    mine, theirs = (folder.load(torch.device("cpu"))["rule"] for folder in (whole, killed))
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_same(whole, killed)
 
 
 def test_interrupt_says_how_to_go_on(kmnist, tmp_path):

@@ -109,13 +109,12 @@ def read_scores(folder: RunFolder, epochs: int) -> list[LayerScore]:
     return scores
 
 
-def mean_and_text(scores: list[LayerScore], kind: str) -> tuple[float | None, str]:
-    """The mean over seeds, and with its standard deviation as text."""
+def mean_text(scores: list[LayerScore], kind: str) -> str:
+    """The mean over seeds, with its standard deviation."""
     values = [value for score in scores if (value := getattr(score, kind)) is not None]
     if not values:
-        return None, "-"
-    mean = statistics.fmean(values)
-    return mean, f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+        return "-"
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def against_width(path: Path, experiment: Experiment, folders: list[RunFolder], arguments: argparse.Namespace) -> str:
@@ -178,7 +177,7 @@ def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str
             for layer in sorted({score.layer for score in scores}):
                 cells = [[s for s in scores if s.layer == layer and getattr(s, against) == place] for place in places]
                 label = layer if kind == "score" else f"{layer}, weights shuffled"
-                lines.append(f"| {label} | " + " | ".join(mean_and_text(cell, kind)[1] for cell in cells) + " |")
+                lines.append(f"| {label} | " + " | ".join(mean_text(cell, kind) for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

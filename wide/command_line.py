@@ -65,13 +65,11 @@ def carry_out(
         print_list(mine, experiment.epochs)
         return []
 
-    def beside_folders() -> list[RunFolder]:
-        return folders(beside(experiments, experiment)) if experiment.beside else []
-
+    others = folders(beside(experiments, experiment)) if experiment.beside else []
     check_epochs(experiment, arguments)
     failures = train_missing(subject, experiment, mine, arguments, device)
     try:
-        print(reported(subject, experiment, mine, beside_folders(), arguments))
+        print(reported(subject, experiment, mine, others, arguments))
     except UserError:
         if not failures:
             raise

@@ -176,12 +176,11 @@ class RunFolder:
         return {**dataclasses.asdict(self.run), "data": fingerprint}
 
     def begin_session(self, fingerprint: str, device: str, epoch: int) -> None:
-        """Record in config.json the session that starts, after this epoch.
+        """Record in config.json the session that starts, after this epoch, in a folder that passed `check`.
 
         Raises:
-            UserError: as `check`, or the folder cannot be written.
+            UserError: the folder cannot be written.
         """
-        self.check(fingerprint)
         session = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "from_epoch": epoch,

@@ -215,9 +215,10 @@ def train(
         folder.keep(training.epoch)
         folder.begin_session(task.fingerprint, device_name(task.device), training.epoch)
         if checkpoint is None:
-            folder.save(training.state())
+            # Before the checkpoint: a run killed between the two would not come back here.
             if 0 in keep:
                 folder.save_parameters(0, training.parameters())
+            folder.save(training.state())
         name, first = folder.run.name, training.epoch
         with tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
             while training.epoch < epochs:
