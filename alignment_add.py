@@ -13,7 +13,6 @@ from wide.alignment_report import alignment_experiments, scored
 from wide.command_line import main
 
 EXPERIMENTS = alignment_experiments(
-    "Add task",
     widths=TRAINING[1].widths,
     learning_rate=0.001,
     epochs=200,

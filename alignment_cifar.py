@@ -12,7 +12,6 @@ from wide.alignment_report import alignment_experiments, scored
 from wide.command_line import main
 
 EXPERIMENTS = alignment_experiments(
-    "CIFAR-10",
     widths=WIDTHS,
     learning_rate=5,
     epochs=300,

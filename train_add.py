@@ -13,7 +13,7 @@ from wide.tasks import AddTask
 
 EXPERIMENTS = {
     1: Experiment(
-        title="Add task: loss against width (the paper's recurrent networks)",
+        title="loss against width (the paper's recurrent networks)",
         rules=("backprop", "align_ada", "align_zero", "last_layer"),
         widths=(8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
         learning_rates=(0.001,),
@@ -30,6 +30,7 @@ def guessing(arguments) -> dict[str, dict[str, float]]:
 
 SUBJECT = Subject(
     dataset="add",
+    title="Add task",
     task=lambda arguments, device: AddTask(arguments.variant, device),
     networks=("rnn",),
     variants=("published", "corrected"),

@@ -21,7 +21,7 @@ QUICK = {"widths": (8, 16), "learning_rates": (5,), "data_limits": (1000,), "epo
 
 EXPERIMENTS = {
     1: Experiment(
-        title="CIFAR-10: accuracy against width",
+        title="accuracy against width",
         rules=RULES,
         widths=WIDTHS,
         learning_rates=LEARNING_RATES,
@@ -29,7 +29,7 @@ EXPERIMENTS = {
         quick=QUICK,
     ),
     2: Experiment(
-        title="CIFAR-10: accuracy against learning rate",
+        title="accuracy against learning rate",
         rules=RULES,
         widths=(8, 256),
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
@@ -38,7 +38,7 @@ EXPERIMENTS = {
         quick=QUICK | {"learning_rates": (0.2, 1, 5, 20)},
     ),
     3: Experiment(
-        title="CIFAR-10: accuracy against width in standard parameterisation, with Adam",
+        title="accuracy against width in standard parameterisation, with Adam",
         rules=("backprop", "align_ada", "align_zero"),
         widths=WIDTHS,
         learning_rates=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
@@ -49,7 +49,7 @@ EXPERIMENTS = {
         quick=QUICK | {"learning_rates": (0.002, 0.01)},
     ),
     4: Experiment(
-        title="CIFAR-10: accuracy against number of training images, at the best width",
+        title="accuracy against number of training images, at the best width",
         rules=("backprop", "align_ada", "align_zero", "fa", "dfa"),
         widths=WIDTHS,
         learning_rates=LEARNING_RATES,
@@ -59,7 +59,7 @@ EXPERIMENTS = {
         quick=QUICK | {"data_limits": (45, 150, 450)},
     ),
     5: Experiment(
-        title="CIFAR-10: accuracy of Align-prop against width",
+        title="accuracy of Align-prop against width",
         rules=("align_prop",),
         widths=WIDTHS,
         learning_rates=LEARNING_RATES,
@@ -68,7 +68,7 @@ EXPERIMENTS = {
         quick=QUICK,
     ),
     6: Experiment(
-        title="CIFAR-10: accuracy over five seeds",
+        title="accuracy over five seeds",
         rules=("backprop", "align_ada", "dfa", "align_zero", "fa"),
         widths=(256,),
         learning_rates=LEARNING_RATES,
@@ -78,7 +78,7 @@ EXPERIMENTS = {
         quick=QUICK | {"widths": (16,)},
     ),
     7: Experiment(
-        title="CIFAR-10: training time of an epoch against width",
+        title="training time of an epoch against width",
         rules=("backprop", "align_ada", "align_zero"),
         widths=WIDTHS,
         learning_rates=LEARNING_RATES,
@@ -93,6 +93,7 @@ EXPERIMENTS = {
 
 SUBJECT = Subject(
     dataset="cifar",
+    title="CIFAR-10",
     task=lambda arguments, device: ImageTask(CIFAR(arguments.data_dir), STRIDES, device),
     networks=("cnn", "mlp"),
     batch_size=100,

@@ -18,7 +18,7 @@ STRIDES = (1, 2, 2)
 
 EXPERIMENTS = {
     1: Experiment(
-        title="KMNIST: accuracy against width",
+        title="accuracy against width",
         rules=RULES,
         widths=WIDTHS,
         learning_rates=(5, 2, 1),
@@ -26,7 +26,7 @@ EXPERIMENTS = {
         quick={"widths": (8, 32), "learning_rates": (5,), "data_limits": (3000,), "epochs": 10},
     ),
     2: Experiment(
-        title="KMNIST: accuracy against learning rate",
+        title="accuracy against learning rate",
         rules=RULES,
         widths=(8, 256),
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
@@ -38,6 +38,7 @@ EXPERIMENTS = {
 
 SUBJECT = Subject(
     dataset="kmnist",
+    title="KMNIST",
     task=lambda arguments, device: ImageTask(KMNIST(arguments.data_dir), STRIDES, device),
     networks=("cnn", "mlp"),
     batch_size=100,

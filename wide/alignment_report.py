@@ -35,7 +35,6 @@ def scored(subject: Subject) -> Subject:
 
 
 def alignment_experiments(
-    name: str,
     widths: tuple[int, ...],
     learning_rate: float,
     epochs: int,
@@ -46,14 +45,13 @@ def alignment_experiments(
     """Parts 1, 2 and 3.
 
     Args:
-        name: of the dataset, for titles.
         epochs: of training.
         scored_after: the epoch of the scores against width.
         timed_width: the width of the scores against training time.
         quick: what --quick replaces; part 2 then scores after the last epoch.
     """
     grid = Experiment(
-        title=f"{name}: train the pairs of networks",
+        title="train the pairs of networks",
         rules=("pair",),
         widths=widths,
         learning_rates=(learning_rate,),
@@ -65,14 +63,14 @@ def alignment_experiments(
         1: grid,
         2: dataclasses.replace(
             grid,
-            title=f"{name}: alignment score against width",
+            title="alignment score against width",
             epochs=scored_after,
             scored_last=True,
             reporter=against_width,
         ),
         3: dataclasses.replace(
             grid,
-            title=f"{name}: alignment score against training time",
+            title="alignment score against training time",
             widths=(timed_width,),
             reporter=against_epoch,
             quick={**quick, "widths": quick["widths"][-1:]},

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from align_rules import RULES
 from wide import UserError
-from wide.experiments import Experiment, Subject, plan, print_list, train_missing
+from wide.experiments import Experiment, Subject, check_batches, plan, print_list, train_missing
+from wide.processes import Processes, joined
 from wide.report import report
 from wide.runs import RunFolder
 from wide.tables import Summary
-from wide.training import PRECISIONS, choose_device, choose_precision, device_name
+from wide.training import PRECISIONS, choose_device, choose_precision, device_name, follow
 
 
 def main(
@@ -52,22 +55,53 @@ def carry_out(
     Raises:
         UserError: a wrong command line, missing data, or an outputs folder that cannot be used.
     """
+    if arguments.quick:
+        subject = dataclasses.replace(subject, **subject.quick)
+    arguments.data_dir = arguments.data_dir or subject.data_dir
     experiment = chosen(experiments[arguments.experiment], arguments)
+    experiment = dataclasses.replace(experiment, title=f"{subject.title}: {experiment.title}")
     device = choose_device(arguments.device)
     precision = choose_precision(arguments.precision, device)
+    with joined(device) as processes:
+        if processes.count > 1 and not subject.from_disk:
+            raise UserError("a run is trained by one process here; started several times, the command shares out runs")
 
-    def folders(grid: Experiment) -> list[RunFolder]:
-        runs = plan(subject, grid, arguments, precision, device_name(device))
-        return [RunFolder(arguments.outputs, run) for run in runs]
+        def folders(grid: Experiment) -> list[RunFolder]:
+            runs = plan(subject, grid, arguments, precision, device_name(device), processes.count)
+            return [RunFolder(arguments.outputs, run) for run in runs]
 
-    mine = folders(experiment)
+        if getattr(arguments, "profile", False):
+            from wide.throughput import profile  # torchvision takes seconds to import
+
+            profile(subject.task(arguments, device), folders(experiment)[0].run, processes)
+            return []
+        if not processes.first:
+            follow(processes, lambda: subject.task(arguments, device))
+            return []
+        try:
+            mine = folders(experiment)
+            others = folders(beside(experiments, experiment)) if experiment.beside else []
+            return lead(subject, experiment, mine, others, arguments, device, processes)
+        finally:
+            processes.dismiss()
+
+
+def lead(
+    subject: Subject,
+    experiment: Experiment,
+    mine: list[RunFolder],
+    others: list[RunFolder],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    processes: Processes,
+) -> list[tuple[RunFolder, str]]:
+    """What the first process, or the only one, does of `carry_out`."""
     if arguments.list:
         print_list(mine, experiment.epochs)
         return []
-
-    others = folders(beside(experiments, experiment)) if experiment.beside else []
     check_epochs(experiment, arguments)
-    failures = train_missing(subject, experiment, mine, arguments, device)
+    check_batches(mine, arguments)
+    failures = train_missing(subject, experiment, mine, arguments, device, processes)
     try:
         print(reported(subject, experiment, mine, others, arguments))
     except UserError:
@@ -158,7 +192,14 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         add("--variant", choices=subject.variants, default=subject.variants[0], help="default %(default)s (README)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
-    add("--data-dir", type=Path, default=Path("data"), help="where the data are, or go (default %(default)s)")
+    add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
+    if subject.from_disk:
+        share = "of 100 images each, normalised by itself, shared out among processes (default: one per process)"
+        whole = "normalise the batches of all processes as one; N processes equal one with N times --batch-size"
+        add("--batches-per-step", type=positive_int, metavar="N", help=share.replace("100", "--batch-size"))
+        add("--sync-normalisation", action="store_true", help=whole)
+        add("--workers", type=epoch_number, metavar="N", help="that load images, per process (default: one per core)")
+        add("--profile", action="store_true", help="measure images per second of loading and training; train nothing")
     add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
     add("--list", action="store_true", help="print the runs and their state; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")

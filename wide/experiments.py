@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
+from wide.processes import ALONE, Processes
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
 from wide.tables import Layout, Measured
 from wide.tasks import Task
@@ -33,7 +34,7 @@ class Experiment:
     """A grid of runs, every combination of its axes, and the question it answers.
 
     Args:
-        title: what it shows, for --help and as the caption of table and figure.
+        title: what it shows, for --help and, after the subject's, as the caption of table and figure.
         layout: what the table's columns are, what is chosen and what is averaged, and the figure.
         measured: which metrics are shown; default: the subject's.
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
@@ -69,7 +70,8 @@ class Subject:
     """What a script's experiments are about.
 
     Args:
-        dataset: its name, and that of its folder in outputs/.
+        dataset: the name of its folder in outputs/.
+        title: its name, for people.
         task: makes the Task from the parsed arguments and a device; reads the data.
         networks: choices of --network; the first is the default.
         batch_size: default.
@@ -81,9 +83,13 @@ class Subject:
         variants: choices of --variant; the first is the default.
         unsuited: rules that are not defined here, with the reason.
         references: metrics to compare with, by name, from the parsed arguments.
+        data_dir: default.
+        from_disk: whether images are read from files while training, in one process or several.
+        quick: what --quick replaces here.
     """
 
     dataset: str
+    title: str
     task: Callable[[argparse.Namespace, torch.device], Task]
     networks: tuple[str, ...]
     batch_size: int
@@ -95,10 +101,18 @@ class Subject:
     variants: tuple[str, ...] = ()
     unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
     references: Callable[[argparse.Namespace], dict[str, dict[str, float]]] = lambda arguments: {}
+    data_dir: Path = Path("data")
+    from_disk: bool = False
+    quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def plan(
-    subject: Subject, experiment: Experiment, arguments: argparse.Namespace, precision: str, device: str
+    subject: Subject,
+    experiment: Experiment,
+    arguments: argparse.Namespace,
+    precision: str,
+    device: str,
+    processes: int = 1,
 ) -> list[Run]:
     """The runs of an experiment, in an order that fills its table evenly: all rules at the smallest width first.
 
@@ -110,6 +124,7 @@ def plan(
             raise UserError(f"--rules {rule}: {subject.unsuited[rule]}")
     if experiment.reporter and len(experiment.data_limits) > 1:
         raise UserError("--data-limits takes one value here; for others run the command again")
+    batch_size, batches = batches_of_a_step(arguments, processes)
     runs = []
     axes = (experiment.widths, experiment.data_limits, experiment.seeds, experiment.learning_rates, experiment.rules)
     for width, limit, seed, learning_rate, rule in itertools.product(*axes):
@@ -122,7 +137,8 @@ def plan(
                 width=width,
                 learning_rate=learning_rate,
                 seed=seed,
-                batch_size=effective_batch(arguments.batch_size, limit),
+                batch_size=effective_batch(batch_size, limit),
+                batches=batches,
                 data_limit=limit,
                 optimizer=experiment.optimizer,
                 parameterisation=experiment.parameterisation,
@@ -132,6 +148,38 @@ def plan(
             )
         )
     return list(dict.fromkeys(runs))
+
+
+def batches_of_a_step(arguments: argparse.Namespace, processes: int) -> tuple[int, int]:
+    """The size of a batch that is normalised by itself, and how many of them make a step.
+
+    Every process has batches of its own, unless normalisation is synchronised: then theirs are parts of one.
+
+    Raises:
+        UserError: they cannot be shared out evenly.
+    """
+    if getattr(arguments, "sync_normalisation", False):
+        return arguments.batch_size * processes, 1
+    batches = getattr(arguments, "batches_per_step", None) or processes
+    if batches % processes:
+        raise UserError(f"--batches-per-step {batches} is no multiple of the {processes} processes; choose one that is")
+    return arguments.batch_size, batches
+
+
+def check_batches(folders: list[RunFolder], arguments: argparse.Namespace) -> None:
+    """Raise UserError for a run that was begun with another number of batches per step, unless this one was asked for.
+
+    Else a run that goes on with another number of processes would silently start anew.
+    """
+    if getattr(arguments, "batches_per_step", 0) is not None:
+        return
+    for folder in folders:
+        for other in folder.begun_with_other_batches():
+            raise UserError(
+                f"{other.name} was begun with {other.batches} batches per step, but here are {folder.run.batches}, one "
+                f"per process; go on with --batches-per-step {other.batches}, or start anew with "
+                f"--batches-per-step {folder.run.batches}"
+            )
 
 
 def print_list(folders: list[RunFolder], epochs: int) -> None:
@@ -164,7 +212,7 @@ class Pace:
         self.clock = now
 
     def steps(self, run: Run) -> float:
-        return max((run.data_limit or self.examples) / run.batch_size, 1)
+        return max((run.data_limit or self.examples) / (run.batch_size * run.batches), 1)
 
     def step_seconds(self, width: int) -> float:
         means = {seen: statistics.fmean(times) for seen, times in sorted(self.seen.items())}
@@ -201,8 +249,9 @@ def train_missing(
     folders: list[RunFolder],
     arguments: argparse.Namespace,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> list[tuple[RunFolder, str]]:
-    """Train every run that is not finished; go on where one fails.
+    """Train every run that is not finished; go on where one fails, unless several processes train together.
 
     Returns:
         The runs that are not finished, with the reason.
@@ -232,9 +281,12 @@ def train_missing(
                 _say(f"about {duration(pace.left(left))} left, judging by the first epochs")
                 announced = True
 
-        message, reason = train_one(task, folder, experiment, pace, after_epoch)
+        message, reason = train_one(task, folder, experiment, pace, after_epoch, processes)
         if reason:
             failures.append((folder, reason))
+        if reason and processes.working_now:
+            _say(f"{message}  [the other processes cannot go on]")
+            break
         rest = [other for other in missing[number + 1 :] if other.status(epochs) not in FINISHED]
         _say(message + (f"  [{len(rest)} runs, about {duration(pace.left(rest))} left]" if rest and pace.seen else ""))
     # What another process was training may be done by now.
@@ -242,7 +294,12 @@ def train_missing(
 
 
 def train_one(
-    task: Task, folder: RunFolder, experiment: Experiment, pace: Pace, after_epoch: Callable[[], None]
+    task: Task,
+    folder: RunFolder,
+    experiment: Experiment,
+    pace: Pace,
+    after_epoch: Callable[[], None],
+    processes: Processes = ALONE,
 ) -> tuple[str, str | None]:
     """Train one run.
 
@@ -253,7 +310,7 @@ def train_one(
         if experiment.timed:
             warm_up(task, folder.run)
         pace.start()
-        train(task, folder, experiment.epochs, experiment.keep, after_epoch)
+        train(task, folder, experiment.epochs, experiment.keep, after_epoch, processes)
         if (status := folder.status(experiment.epochs)) not in FINISHED:
             return f"{folder.run.name}: {status}", status
         return summary_line(folder, experiment.epochs), None

@@ -173,7 +173,7 @@ def _positions(table: Table, examples: int) -> list[float]:
 
 
 def _drawn(table: Table) -> str:
-    return table.measured.shown[-1]
+    return table.measured.shown[table.measured.drawn]
 
 
 def _mean(cell: Cell, table: Table) -> float | None:

@@ -6,6 +6,7 @@ parameterisation: the same draw is divided by sqrt(fan_in) once, at the start. B
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -104,19 +105,40 @@ class BatchNormalisation(nn.Module):
 
     No learned scale or shift; the statistics of the batch at hand are used in evaluation too.
 
+    `sum` adds up a tensor over processes that hold parts of one batch, differentiably; None where the batch is here.
+
     Raises:
         ValueError: for a batch of one, whose every entry would become zero.
     """
 
     epsilon = 1e-6
+    sum: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, activity: Tensor) -> Tensor:
-        if len(activity) < 2:
-            raise ValueError("a batch of one cannot be normalised over the batch; use a batch size of at least 2")
         # Channels last, as convolutions return them, so that flattening copies nothing.
         last = activity.movedim(1, -1)
-        flat = F.batch_norm(last.flatten(1), None, None, training=True, eps=self.epsilon)
+        flat = last.flatten(1)
+        if self.sum is not None:
+            flat = self._over_processes(flat)
+        elif len(flat) < 2:
+            raise ValueError("a batch of one cannot be normalised over the batch; use a batch size of at least 2")
+        else:
+            flat = F.batch_norm(flat, None, None, training=True, eps=self.epsilon)
         return flat.view(last.shape).movedim(-1, 1)
+
+    def _over_processes(self, flat: Tensor) -> Tensor:
+        full = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        count = self.sum(full.new_tensor(float(len(full))))
+        centred = full - self.sum(full.sum(0)) / count
+        variance = self.sum(centred.square().sum(0)) / count
+        return (centred * (variance + self.epsilon).rsqrt()).to(flat.dtype)
+
+
+def synchronise_normalisation(network: nn.Module, sum: Callable[[Tensor], Tensor]) -> None:
+    """Normalise over batches whose parts lie in several processes; see `BatchNormalisation`."""
+    for module in network.modules():
+        if isinstance(module, BatchNormalisation):
+            module.sum = sum
 
 
 class Block(nn.Sequential):

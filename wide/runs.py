@@ -51,11 +51,12 @@ class Run:
     variant: str | None = None
     precision: str = "fp32"
     timed_on: str | None = None  # the device, for runs whose time is the result
+    batches: int = 1  # per step, each normalised by itself
 
     @property
     def name(self) -> str:
         words = [self.network, self.rule, f"width{self.width}", f"lr{self.learning_rate:g}", f"seed{self.seed}"]
-        words.append(f"batch{self.batch_size}")
+        words.append(f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else ""))
         if self.data_limit is not None:
             words.append(f"images{self.data_limit}")
         unusual = {"sgd", "ntk", None, "fp32"}
@@ -67,6 +68,9 @@ class Run:
         if self.timed_on is not None:
             words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
+
+
+_USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
 
 
 def effective_batch(batch_size: int, data_limit: int | None) -> int:
@@ -139,6 +143,19 @@ class RunFolder:
         failed = "failed " if self.error_path.exists() else ""
         return f"{failed}at epoch {len(rows)}" if rows or failed else "missing"
 
+    def begun_with_other_batches(self) -> "list[Run]":
+        """Runs that differ from this one in the number of batches per step alone, where this one was not begun."""
+        if self.path.exists():
+            return []
+        one = dataclasses.replace(self.run, batches=1)
+        size = f"batch{self.run.batch_size}"
+        found = [one] if self.path.with_name(one.name).exists() else []
+        for path in self.path.parent.glob(one.name.replace(size, f"{size}x*", 1)):
+            batches = path.name.partition(f"{size}x")[2].partition("-")[0]
+            if batches.isdigit():
+                found.append(dataclasses.replace(self.run, batches=int(batches)))
+        return found
+
     # --- writing
 
     @contextlib.contextmanager
@@ -167,7 +184,8 @@ class RunFolder:
         config, mine = self.config(), self.identity(fingerprint)
         if not config and (self.metrics_path.exists() or self.checkpoint_path.exists()):
             raise self.damaged(self.config_path, FileNotFoundError("it is missing"))
-        theirs = config.get("run", mine)
+        # A setting that came into use after the run was made had its usual value then.
+        theirs = _USUAL | config["run"] if config else mine
         if differing := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
             was = ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
             raise UserError(f"{self.path} was trained with {was}; use another --outputs folder or delete it")

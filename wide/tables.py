@@ -25,8 +25,8 @@ class Measured:
     """Which metrics are shown, and which run is best.
 
     Args:
-        shown: the metrics of a table's cell, in order. The first chooses the best epoch and learning rate; the last is
-            drawn in figures.
+        shown: the metrics of a table's cell, in order. The first chooses the best epoch and learning rate.
+        drawn: which of them figures draw, by position.
         higher: whether more is better.
         percent: whether to print a share as a percentage.
         use_best: show the best value over the epochs (each metric its own, as published), not the final one.
@@ -36,6 +36,7 @@ class Measured:
 
     shown: tuple[str, ...]
     higher: bool
+    drawn: int = -1
     percent: bool = False
     use_best: bool = False
     unit: str = ""
@@ -54,6 +55,9 @@ class Measured:
 
 
 ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
+TOP_ACCURACY = Measured(
+    ("validation_accuracy", "validation_top_5_accuracy"), higher=True, drawn=0, percent=True, unit="%"
+)
 BEST_LOSS = Measured(("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error per sequence")
 EPOCH_TIME = Measured(("seconds",), higher=False, unit="s", relative_to="backprop")
 

@@ -1,8 +1,9 @@
 """What is learned: for each kind of data the networks that fit it, the loss, and what is measured after an epoch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from wide import UserError
 from wide.alignment import Pair
 from wide.datasets import ImageDataset, Split, add_sequences
 from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork, draw
+from wide.processes import Processes
 from wide.runs import Run
 
 RULES = {**align_rules.RULES, "pair": Pair}
@@ -26,7 +28,7 @@ class Evaluation:
 
 
 class Task:
-    """Data on a device, and how runs learn them.
+    """Data, and how runs learn them.
 
     `columns` are the metrics of metrics.csv: "<split>_<measure>", averaged over batches. Those of the training split
     are taken during training unless it is evaluated afterwards. `observe`, called with the rule and the epoch, adds
@@ -37,8 +39,8 @@ class Task:
     observe: Callable[[align_rules.Rule, int], dict[str, float | None]] | None = None
     evaluations: tuple[Evaluation, ...]
 
-    def __init__(self, splits: dict[str, Split], fingerprint: str, device: torch.device):
-        self.splits = {name: Split(part.inputs.to(device), part.targets.to(device)) for name, part in splits.items()}
+    def __init__(self, splits: dict[str, Sized], fingerprint: str, device: torch.device):
+        self.splits = splits
         self.fingerprint = fingerprint
         self.device = device
 
@@ -50,8 +52,8 @@ class Task:
         examples = len(self.splits["train"])
         if run.data_limit is not None and run.data_limit > examples:
             raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
-        if examples < run.batch_size:
-            raise UserError(f"{examples} training images make no batch of {run.batch_size}; use a smaller --batch-size")
+        if examples < (step := run.batch_size * run.batches):
+            raise UserError(f"{examples} training images make no batch of {step}; use a smaller --batch-size")
         if run.batch_size < 2:
             limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
             raise UserError(
@@ -63,13 +65,28 @@ class Task:
         """A fresh network with its published initial parameters, wrapped in the run's rule, on the device."""
         raise NotImplementedError
 
-    def data(self, run: Run, split: str) -> Split:
-        """The part of a split that the run uses."""
-        return self.splits[split]
+    def size(self, run: Run, split: str) -> int:
+        """How many examples of a split the run uses: the first ones."""
+        return len(self.splits[split])
 
-    def batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs as a network takes them, and targets."""
-        return split.inputs[indices], split.targets[indices]
+    def batches(self, run: Run, split: str, indices: list[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of these examples: inputs as a network takes them, and targets, on the device.
+
+        Args:
+            epoch: the number of epochs trained before, for what is random in the inputs.
+        """
+        data = self.splits[split]
+        whole = torch.from_numpy(np.concatenate(indices)).to(self.device)
+        for part in whole.split([len(part) for part in indices]):
+            yield self.prepared(data.inputs[part]), data.targets[part]
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """Inputs as a network takes them."""
+        return inputs
+
+    def noticed(self, processes: Processes) -> dict[str, int]:
+        """More metrics of the epoch that ends, from what all processes noticed in reading the data."""
+        return {}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         raise NotImplementedError
@@ -78,17 +95,18 @@ class Task:
         return {"loss": self.loss(outputs, targets)}
 
 
-class ImageTask(Task):
-    """Classification by regression onto one-hot vectors minus 0.1 (section 2 of the paper's released code)."""
+class ClassificationTask(Task):
+    """Classification of images by regression onto one-hot vectors (section 2 of the paper's released code).
 
-    columns = ("train_loss", "train_accuracy", "validation_accuracy", "test_accuracy")
-    evaluations = (Evaluation("validation", streamed=True), Evaluation("test", streamed=False))
-    networks = ("cnn", "mlp")
+    `offset` is subtracted from the one-hot vectors. `direct_feedback` says what DFA's feedback weights reach: "blocks",
+    every entry of an activity, or "pooled", its channels averaged over positions.
+    """
 
-    def __init__(self, dataset: ImageDataset, strides: tuple[int, ...], device: torch.device):
-        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-        super().__init__(splits, dataset.fingerprint, device)
-        self.classes, self.image_shape, self.strides = dataset.classes, dataset.image_shape, strides
+    offset = 0.1
+    direct_feedback = "blocks"
+    classes: int
+    image_shape: tuple[int, int, int]  # (channels, h, w)
+    strides: tuple[int, ...]  # of the blocks
 
     def rule(self, run: Run) -> align_rules.Rule:
         channels, height, width = self.image_shape
@@ -97,24 +115,13 @@ class ImageTask(Task):
         else:
             pixels = channels * height * width
             network = FullyConnectedNetwork(pixels, run.width, self.classes, parameterisation=run.parameterisation)
-        kind = {"fa": "layers", "dfa": "blocks"}.get(run.rule)
+        kind = {"fa": "layers", "dfa": self.direct_feedback}.get(run.rule)
         feedback = draw(network, run.seed, kind, self.image_shape)
         settings = {"feedback": feedback} if feedback else {}
         return RULES[run.rule](network, **settings).to(self.device)
 
-    def data(self, run: Run, split: str) -> Split:
-        """Of limited data the first images of each split, but 1000 for the test or more: all would outlast training."""
-        whole, limit = self.splits[split], run.data_limit
-        if split == "test" and limit is not None:
-            limit = max(limit, 1000)
-        return Split(whole.inputs[:limit], whole.targets[:limit])
-
-    def batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = super().batch(split, indices)
-        return (images / 255 if images.dtype == torch.uint8 else images), labels
-
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        wanted = F.one_hot(targets, self.classes).to(outputs.dtype) - 0.1
+        wanted = F.one_hot(targets, self.classes).to(outputs.dtype) - self.offset
         return F.mse_loss(outputs, wanted)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -122,15 +129,36 @@ class ImageTask(Task):
         return {"loss": self.loss(outputs, targets), "accuracy": accuracy}
 
 
+class ImageTask(ClassificationTask):
+    """Classification of a dataset that is small enough to stay on the device."""
+
+    columns = ("train_loss", "train_accuracy", "validation_accuracy", "test_accuracy")
+    evaluations = (Evaluation("validation", streamed=True), Evaluation("test", streamed=False))
+
+    def __init__(self, dataset: ImageDataset, strides: tuple[int, ...], device: torch.device):
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        super().__init__(_on(device, splits), dataset.fingerprint, device)
+        self.classes, self.image_shape, self.strides = dataset.classes, dataset.image_shape, strides
+
+    def size(self, run: Run, split: str) -> int:
+        """Of limited data the first images of each split, but 1000 for the test or more: all would outlast training."""
+        size, limit = super().size(run, split), run.data_limit
+        if split == "test" and limit is not None:
+            limit = max(limit, 1000)
+        return size if limit is None else min(size, limit)
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        return inputs / 255 if inputs.dtype == torch.uint8 else inputs
+
+
 class AddTask(Task):
     """Adding two earlier inputs of a binary sequence, with a recurrent network."""
 
     columns = ("train_loss", "test_loss")
     evaluations = (Evaluation("test", streamed=True), Evaluation("train", streamed=True))
-    networks = ("rnn",)
 
     def __init__(self, variant: str, device: torch.device):
-        super().__init__(add_sequences(variant), f"add-{variant}", device)
+        super().__init__(_on(device, add_sequences(variant)), f"add-{variant}", device)
 
     def check(self, run: Run) -> None:
         smallest = min(len(split.inputs) for split in self.splits.values())
@@ -161,3 +189,7 @@ class AddTask(Task):
         """The loss of guessing 0.5 throughout."""
         targets = self.splits[split].targets
         return float(self.loss(torch.full_like(targets, 0.5), targets))
+
+
+def _on(device: torch.device, splits: dict[str, Split]) -> dict[str, Split]:
+    return {name: Split(part.inputs.to(device), part.targets.to(device)) for name, part in splits.items()}

@@ -1,6 +1,8 @@
 """The training loop: one for all tasks, networks and rules."""
 
 import contextlib
+import dataclasses
+import io
 import itertools
 import math
 import platform
@@ -15,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wide import UserError
-from wide.datasets import Split
+from wide.networks import synchronise_normalisation
+from wide.processes import ALONE, Processes, local_rank
 from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
 from wide.tasks import Task
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
 
 
 class PublishedAdam(torch.optim.Adam):
@@ -30,6 +33,12 @@ class PublishedAdam(torch.optim.Adam):
     """
 
     epsilon = 1e-8
+
+    def shares(self, order: np.ndarray) -> list[list[np.ndarray]]:
+        """For every step of an epoch in this order, the batches, or parts of them, that are this process' share."""
+        batches = self._batches(order)
+        whole = len(batches) // self.run.batches * self.run.batches
+        return [self._mine(step) for step in batches[:whole].reshape(-1, self.run.batches, batches.shape[1])]
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -42,17 +51,23 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": PublishedAdam}
 
 
 def choose_device(name: str) -> torch.device:
-    """
+    """The CPU, or this process' own GPU.
+
     Raises:
         UserError: a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install torch with CUDA")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (number := local_rank()) >= torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs are here; start no more processes than that")
+    return torch.device("cuda", number)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """fp32, tf32 or bf16; set for the whole process. `auto` is tf32 on a GPU that has it (as TensorFlow's), else fp32.
+    """fp64, fp32, tf32 or bf16; set for the whole process. `auto` is tf32 on a GPU that has it (as TensorFlow's did),
+    else fp32.
 
     Raises:
         UserError: tf32 without a GPU that has it.
@@ -61,6 +76,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name == "tf32" and not has_tf32:
         raise UserError("--precision tf32 needs an NVIDIA GPU of compute capability 8 or more; use fp32")
     precision = ("tf32" if has_tf32 else "fp32") if name == "auto" else name
+    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
@@ -73,11 +89,18 @@ class Training:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
+
+    Args:
+        processes: those that train together. Every step's batches are shared out among them; where a step is one batch,
+            each takes a part of it, and the batch is normalised as a whole.
     """
 
-    def __init__(self, task: Task, run: Run):
-        self.task, self.run = task, run
+    def __init__(self, task: Task, run: Run, processes: Processes = ALONE):
+        self.task, self.run, self.processes = task, run, processes
         self.rule = task.rule(run)
+        self.split_batches = run.batches == 1 and processes.count > 1
+        if self.split_batches:
+            synchronise_normalisation(self.rule, processes.sum)
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
         self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate)
         self.stream = np.random.RandomState(run.seed)
@@ -103,30 +126,65 @@ class Training:
         self.epoch = state["epoch"]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Train for an epoch; after each update yield the outputs, targets and loss that it was made from."""
+        """Train for an epoch; after each update yield the outputs, targets and loss that it was made from.
+
+        With several processes, those of this one.
+        """
         self.rule.train()
-        split = self.task.data(self.run, "train")
-        for inputs, targets in self._batches(split, self.stream.permutation(len(split.inputs))):
-            with self._autocast():
-                outputs = self.rule(inputs)
-            outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-            loss = self.task.loss(outputs, targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            yield outputs.detach(), targets, loss.detach()
+        steps = self.shares(self.stream.permutation(self.task.size(self.run, "train")))
+        loaded = self.task.batches(self.run, "train", [part for step in steps for part in step], self.epoch)
+        for step in steps:
+            yield self.step(itertools.islice(loaded, len(step)))
         self.epoch += 1
 
+    def shares(self, order: np.ndarray) -> list[list[np.ndarray]]:
+        """For every step of an epoch in this order, the batches, or parts of them, that are this process' share."""
+        batches = self._batches(order)
+        whole = len(batches) // self.run.batches * self.run.batches
+        return [self._mine(step) for step in batches[:whole].reshape(-1, self.run.batches, batches.shape[1])]
+
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """An update by the mean of the loss over all examples of this process' share of a step, and of the others'.
+
+        Returns:
+            Outputs, targets and mean loss of this process' examples.
+        """
+        alone = self.run.batches == 1 and self.processes.count == 1
+        made = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for inputs, targets in batches:
+            with self._autocast():
+                outputs = self.rule(inputs)
+            outputs = _full(outputs)
+            loss = self.task.loss(outputs, targets)
+            (loss if alone else loss * len(targets)).backward()
+            made.append((outputs.detach(), targets, loss.detach()))
+        if not alone:
+            self._average_gradients(sum(len(targets) for _, targets, _ in made))
+        self.optimizer.step()
+        if len(made) == 1:
+            return made[0]
+        outputs, targets = (torch.cat([part[k] for part in made]) for k in range(2))
+        return outputs, targets, self.task.loss(outputs, targets)
+
+    def _average_gradients(self, examples: int) -> None:
+        """Make means over the examples of all processes of gradients that are sums over those of this one."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.tensor(float(examples), device=self.task.device)
+        self.processes.add_up([*gradients, total])
+        for gradient in gradients:
+            gradient /= total
+
     @torch.no_grad()
-    def evaluate(self, split: Split, order: np.ndarray) -> dict[str, float]:
+    def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
         """Measures of the network as it stands, averaged over batches in this order."""
         self.rule.eval()
         measured = Averages()
-        for inputs, targets in self._batches(split, order):
+        for inputs, targets in self.task.batches(self.run, split, self._mine(self._batches(order)), self.epoch):
             with self._autocast():
                 outputs = self.rule(inputs)
-            measured.add(self.task.measures(outputs.float(), targets))
-        return measured.values()
+            measured.add(self.task.measures(_full(outputs), targets), len(targets))
+        return measured.values(self.processes)
 
     def train_epoch(self) -> dict[str, float]:
         """Train for an epoch and evaluate.
@@ -134,56 +192,75 @@ class Training:
         Returns:
             A row of metrics.csv. `seconds` is the time of the training pass alone.
         """
-        start = self._clock()
+        start = self.clock()
         measured = Averages()
-        total = len(self.task.data(self.run, "train").inputs) // self.run.batch_size
+        total = self.task.size(self.run, "train") // (self.run.batch_size * self.run.batches)
+        hidden = None if self.processes.first else True  # None: shown on a terminal
         for outputs, targets, _ in tqdm(
-            self.steps(), f"epoch {self.epoch + 1}", total, leave=False, disable=None, position=2
+            self.steps(), f"epoch {self.epoch + 1}", total, leave=False, disable=hidden, position=2
         ):
-            measured.add(self.task.measures(outputs, targets))
-        seconds = self._clock() - start
-        metrics = {f"train_{name}": value for name, value in measured.values().items()}
+            measured.add(self.task.measures(outputs, targets), len(targets))
+        seconds = self.clock() - start
+        metrics = {f"train_{name}": value for name, value in measured.values(self.processes).items()}
         for evaluation in self.task.evaluations:
-            split = self.task.data(self.run, evaluation.split)
             stream = self.stream if evaluation.streamed else np.random.RandomState(self.run.seed)
-            values = self.evaluate(split, stream.permutation(len(split.inputs)))
+            values = self.evaluate(evaluation.split, stream.permutation(self.task.size(self.run, evaluation.split)))
             metrics |= {f"{evaluation.split}_{name}": value for name, value in values.items()}
-        columns = {name: metrics[name] for name in self.task.columns}
-        observed = self.task.observe(self.rule, self.epoch) if self.task.observe else {}
+        columns = {name: metrics[name] for name in self.task.columns} | self.task.noticed(self.processes)
+        observed = self.task.observe(self.rule, self.epoch) if self.task.observe and self.processes.first else {}
         return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4), **observed}
 
-    def _batches(self, split: Split, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole batches in this order; what is left over is dropped. A split smaller than a batch is one batch."""
-        order = torch.from_numpy(order).to(self.task.device)
+    def _batches(self, order: np.ndarray) -> np.ndarray:
+        """Whole batches in this order, (batches, batch size); what is left over is dropped.
+
+        A split smaller than a batch is one batch.
+        """
         size = min(self.run.batch_size, len(order))
-        for start in range(0, len(order) - size + 1, size):
-            yield self.task.batch(split, order[start : start + size])
+        return order[: len(order) // size * size].reshape(-1, size)
+
+    def _mine(self, batches: np.ndarray) -> list[np.ndarray]:
+        """This process' share of batches: some of them, or a part of each."""
+        rank, count = self.processes.rank, self.processes.count
+        if self.split_batches:
+            return [np.array_split(batch, count)[rank] for batch in batches]
+        return list(batches[rank::count])
 
     def _autocast(self):
         if self.run.precision == "bf16":
             return torch.autocast(self.task.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Seconds, when all that the device was told is done."""
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
         return time.perf_counter()
 
 
 class Averages:
-    """Means over batches, kept on the device so that no step waits for them."""
+    """Means over examples, kept on the device so that no step waits for them."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self.batches = 0
+        self.examples = 0
 
-    def add(self, measures: dict[str, Tensor]) -> None:
+    def add(self, measures: dict[str, Tensor], examples: int) -> None:
+        """Means over so many examples."""
         for name, value in measures.items():
-            self.sums[name] = self.sums[name].to(value.device) + value
-        self.batches += 1
+            self.sums[name] = self.sums[name].to(value.device) + value * examples
+        self.examples += examples
 
-    def values(self) -> dict[str, float]:
-        return {name: float(total) / self.batches for name, total in self.sums.items()}
+    def values(self, processes: Processes) -> dict[str, float]:
+        """The means over what all processes have added."""
+        parts = processes.gather((self.examples, {name: float(total) for name, total in self.sums.items()}))
+        examples = sum(count for count, _ in parts)
+        names = next((sums.keys() for _, sums in parts if sums), ())
+        return {name: sum(sums.get(name, 0.0) for _, sums in parts) / examples for name in names}
+
+
+def _full(outputs: Tensor) -> Tensor:
+    """Outputs in at least single precision."""
+    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def train(
@@ -192,6 +269,7 @@ def train(
     epochs: int,
     keep: Iterable[int] = (),
     after_epoch: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> None:
     """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
 
@@ -199,6 +277,7 @@ def train(
 
     Args:
         keep: the epochs, 0 among them perhaps, whose parameters are kept as parameters/epoch_<k>.pt.
+        processes: those that train together. The first calls `train`, the others are in `follow`.
 
     Raises:
         UserError: the folder cannot be used (see RunFolder).
@@ -206,21 +285,26 @@ def train(
     """
     with folder.locked():
         folder.check(task.fingerprint)
-        training, thrift = Training(task, folder.run), Thrift()
+        training, thrift = Training(task, folder.run, processes), Thrift()
         if (checkpoint := folder.load(task.device)) is not None:
             try:
                 training.restore(checkpoint)
             except (KeyError, ValueError, TypeError, RuntimeError) as error:
                 raise folder.damaged(folder.checkpoint_path, error) from error
         folder.keep(training.epoch)
-        folder.begin_session(task.fingerprint, device_name(task.device), training.epoch)
+        device = device_name(task.device) + (f", {processes.count} processes" if processes.count > 1 else "")
+        folder.begin_session(task.fingerprint, device, training.epoch)
         if checkpoint is None:
             # Before the checkpoint: a run killed between the two would not come back here.
             if 0 in keep:
                 folder.save_parameters(0, training.parameters())
             folder.save(training.state())
+        work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if processes.count > 1 else None
         name, first = folder.run.name, training.epoch
-        with tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
+        with (
+            processes.working(work),
+            tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar,
+        ):
             while training.epoch < epochs:
                 row = training.train_epoch()
                 finite = math.isfinite(row["train_loss"])
@@ -234,6 +318,39 @@ def train(
                 after_epoch()
                 if not finite:
                     break
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the first process tells the others to train with it: a run from a checkpoint's state up to an epoch."""
+
+    run: Run
+    fingerprint: str
+    epochs: int
+    state: bytes
+
+
+def follow(processes: Processes, make_task: Callable[[], Task]) -> None:
+    """Train with the first process what it trains, until it sends None.
+
+    Raises:
+        UserError: the data are missing here, or are others.
+    """
+    task = None
+    while (work := processes.receive()) is not None:
+        task = task or make_task()
+        if task.fingerprint != work.fingerprint:
+            raise UserError(f"process {processes.rank} finds the data {task.fingerprint}, the first {work.fingerprint}")
+        training = Training(task, work.run, processes)
+        training.restore(torch.load(io.BytesIO(work.state), map_location=task.device, weights_only=True))
+        while training.epoch < work.epochs and math.isfinite(training.train_epoch()["train_loss"]):
+            pass
+
+
+def _packed(state: dict) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
 
 
 def warm_up(task: Task, run: Run, steps: int = 10) -> None:

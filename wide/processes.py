@@ -1,0 +1,115 @@
+"""Several processes that train one network together, on one machine or on many, as torchrun starts them.
+
+The first process decides what is trained and writes what is kept; the others follow it. All hold the whole network,
+with the same initial parameters and feedback weights, which follow from the seed. Gradients are summed over processes
+after every backward pass, whatever the learning rule.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: 0 for the first.
+        count: how many there are; 1 without torchrun.
+        local_rank, local_count: the same among those on this machine.
+        working_now: whether the first is in `working`, or an error has ended it there.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, local_count: int = 1):
+        self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+        self.working_now = False
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def send(self, message: object) -> None:
+        """From the first process, to all others."""
+        if self.count > 1:
+            distributed.broadcast_object_list([message], src=0, device=torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def working(self, message: object):
+        """Send a message, and do what it asks of the other processes together with them."""
+        self.send(message)
+        self.working_now = True
+        yield
+        self.working_now = False
+
+    def dismiss(self) -> None:
+        """Tell the other processes to end, where they listen: those that an error left at work torchrun stops."""
+        if not self.working_now:
+            self.send(None)
+
+    def receive(self) -> object:
+        """What the first process sends next."""
+        place = [None]
+        distributed.broadcast_object_list(place, src=0, device=torch.device("cpu"))
+        return place[0]
+
+    def gather(self, value: object) -> list:
+        """The values of all processes, in all processes."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, the same in each; its gradient is summed over them too."""
+        return _Sum.apply(tensor) if self.count > 1 else tensor
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by its sum over processes."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+ALONE = Processes()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.forward(None, gradient)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device):
+    """The processes that torchrun has started, connected for as long as the context lasts; else this one alone."""
+    environment = {name: int(os.environ.get(name, value)) for name, value in _TORCHRUN.items()}
+    if environment["WORLD_SIZE"] == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield Processes(*environment.values())
+    distributed.destroy_process_group()  # not after an error: other processes may wait for this one, or it for them
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", _TORCHRUN["LOCAL_RANK"]))
+
+
+# What torchrun tells each process, and what holds without it.
+_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
