@@ -1,0 +1,26 @@
+"""How well trained weight changes align with error-weighted input correlations, on ImageNet.
+
+The paper lists these experiments, but their code was never released; they are built from the definitions, as for
+CIFAR-10. Pairs of networks ("normal" by backprop, "align" by what Align-zero would write with its error) train for
+300 epochs at learning rate 5, from one initialisation. 1 trains them, 2 scores every layer against width after 150
+epochs, 3 against training time at width 512, with shuffled weights as control. Scores are computed while the pairs
+train.
+"""
+
+import sys
+
+from train_imagenet import SUBJECT
+from wide.alignment_report import alignment_experiments, scored
+from wide.command_line import main
+
+EXPERIMENTS = alignment_experiments(
+    widths=(8, 16, 32, 64, 128, 256, 512),
+    learning_rate=5,
+    epochs=300,
+    scored_after=150,
+    timed_width=512,
+    quick={"widths": (8, 16), "epochs": 4, "keep": ()},
+)
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, scored(SUBJECT), EXPERIMENTS))

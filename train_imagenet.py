@@ -1,0 +1,62 @@
+"""What the paper trained on ImageNet: networks of seven convolutional blocks of width 512, on images of 224x224.
+
+Strides 4, 2, 1, 2, 1, 2, 1; SGD, batch 100, 300 epochs. Tables give top-1 / top-5 accuracy on the validation images
+after the last epoch. Images are read from <data-dir>/train/<class>/ and <data-dir>/val/<class>/.
+
+On several GPUs, here or on other machines too: torchrun --nproc-per-node=8 train_imagenet.py 1. Each process then has
+batches of its own, normalised by themselves, and gradients are averaged over all; see --sync-normalisation.
+--quick needs no ImageNet: it draws coloured shapes, in <data-dir>/shapes.
+"""
+
+import sys
+from pathlib import Path
+
+from wide.command_line import main
+from wide.experiments import Experiment, Subject
+from wide.tables import TOP_ACCURACY, Layout
+
+STRIDES = (4, 2, 1, 2, 1, 2, 1)
+QUICK = {"widths": (16,), "learning_rates": (2,), "epochs": 8}
+
+EXPERIMENTS = {
+    1: Experiment(
+        title="accuracy, top-1 and top-5",
+        rules=("backprop", "align_ada", "dfa", "fa", "align_zero"),
+        widths=(512,),
+        learning_rates=(5,),
+        epochs=300,
+        layout=Layout(figure="seeds"),
+        quick=QUICK,
+    ),
+}
+
+
+def folders(arguments, device):
+    from wide.image_folders import FolderTask  # torchvision takes seconds to import
+
+    return FolderTask(arguments.data_dir, STRIDES, device, arguments.workers)
+
+
+def generated(arguments, device):
+    from wide.image_folders import FolderTask
+    from wide.shapes import shapes
+
+    return FolderTask(shapes(arguments.data_dir), STRIDES, device, arguments.workers)
+
+
+SUBJECT = Subject(
+    dataset="imagenet",
+    title="ImageNet",
+    task=folders,
+    networks=("cnn",),
+    batch_size=100,
+    measured=TOP_ACCURACY,
+    examples=1281167,
+    axes=("rules", "widths", "learning_rates", "seeds"),
+    data_dir=Path(".."),
+    from_disk=True,
+    quick={"dataset": "shapes", "title": "Coloured shapes (not ImageNet)", "task": generated, "data_dir": Path("data")},
+)
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, SUBJECT, EXPERIMENTS))
