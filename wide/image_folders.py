@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from wide import UserError
@@ -25,8 +26,8 @@ from wide.tasks import ClassificationTask, Evaluation
 SIZE = 224  # pixels
 FOLDERS = {"train": "train", "validation": "val"}
 TRANSFORMS = {
-    "train": v2.Compose([v2.ToImage(), v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]),
-    "validation": v2.Compose([v2.ToImage(), v2.Resize(256, antialias=True), v2.CenterCrop(SIZE)]),
+    "train": v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]),
+    "validation": v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(SIZE)]),
 }
 # Of ImageNet's red, green and blue, as fractions of 255.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,10 +75,19 @@ class Images(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
-                image = self.transform(default_loader(path))
+                image = self.transform(read_image(path))
             except UNREADABLE:
                 return path
-        return image.as_subclass(Tensor), int(self.labels[index])
+        return image, int(self.labels[index])
+
+
+def read_image(path: str) -> Tensor:
+    """An image in RGB, uint8 (3, h, w).
+
+    Raises:
+        UNREADABLE: it is missing or damaged.
+    """
+    return pil_to_tensor(default_loader(path))
 
 
 class Keys(Sampler):

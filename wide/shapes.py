@@ -51,5 +51,7 @@ def draw_shape(stream: np.random.RandomState, colour: tuple[int, int, int], form
         radius = stream.randint(12, 22)
         x, y = (stream.randint(0, size) for size in (width, height))
         fill = tuple(int(value) for value in np.clip(colour + stream.randint(-30, 31, 3), 0, 255))
-        (draw.ellipse if form == "disc" else draw.rectangle)((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        (draw.ellipse if form == "disc" else draw.rectangle)(
+            (x - radius, y - radius, x + radius, y + radius), fill=fill
+        )
     return image
