@@ -44,8 +44,8 @@ class Folder:
     def __init__(self, run, epochs_done):
         self.run, self.epochs_done = run, epochs_done
 
-    def rows(self):
-        return [{}] * self.epochs_done
+    def progress(self):
+        return self.epochs_done, True
 
 
 def test_the_estimate_follows_width_and_what_is_left(monkeypatch):

@@ -80,6 +80,21 @@ def test_diverged_runs_stop_and_stay(task, tmp_path):
     assert all(math.isfinite(row["train_loss"]) for row in rows[:-1])
 
 
+def test_metrics_are_read_again_only_when_they_have_changed(tmp_path, monkeypatch):
+    mine, theirs = RunFolder(tmp_path, RUN), RunFolder(tmp_path, RUN)
+    reads, rows = [], RunFolder.rows
+    monkeypatch.setattr(RunFolder, "rows", lambda folder: reads.append(folder) or rows(folder))
+    assert mine.status(2) == "missing"
+    theirs.path.mkdir(parents=True)
+    theirs.append({"epoch": 1, "train_loss": 1.0})
+    assert [mine.status(2) for _ in range(3)] == ["at epoch 1"] * 3
+    assert len(reads) == 1
+    theirs.append({"epoch": 2, "train_loss": math.nan})
+    assert mine.status(2) == "diverged"
+    theirs.keep(1)
+    assert mine.progress() == (1, True)
+
+
 def test_other_settings_or_data_in_the_folder(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 1)

@@ -227,7 +227,7 @@ class Pace:
 
     def left(self, folders: list[RunFolder]) -> float:
         """Seconds for what these runs still lack."""
-        lacking = {folder.run: self.epochs - len(folder.rows()) for folder in folders}
+        lacking = {folder.run: self.epochs - folder.progress()[0] for folder in folders}
         return sum(epochs * self.steps(run) * self.step_seconds(run.width) for run, epochs in lacking.items())
 
 

@@ -94,6 +94,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.error_path = self.path / "error.txt"
+        self._read: tuple[tuple | None, tuple[int, bool]] = (None, (0, True))  # see `progress`
 
     # --- what is there
 
@@ -133,15 +134,33 @@ class RunFolder:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         return UserError(f"{path} is damaged ({what}); delete {self.path} to train that run anew")
 
+    def progress(self) -> tuple[int, bool]:
+        """The number of epochs trained, and whether the last one's loss is finite.
+
+        metrics.csv is read only when it has changed, by whatever process: grids ask for this after every run.
+
+        Raises:
+            UserError: as for `rows`.
+        """
+        try:
+            stat = self.metrics_path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return 0, True
+        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)  # taken before reading: what comes later is read later
+        if self._read[0] != version:
+            rows = self.rows()
+            self._read = version, (len(rows), not rows or math.isfinite(rows[-1]["train_loss"]))
+        return self._read[1]
+
     def status(self, epochs: int) -> str:
         """done, diverged, failed (at epoch k), at epoch k, or missing."""
-        rows = self.rows()
-        if rows and not math.isfinite(rows[-1]["train_loss"]) and len(rows) <= epochs:
+        trained, finite = self.progress()
+        if not finite and trained <= epochs:
             return "diverged"
-        if len(rows) >= epochs:
+        if trained >= epochs:
             return "done"
         failed = "failed " if self.error_path.exists() else ""
-        return f"{failed}at epoch {len(rows)}" if rows or failed else "missing"
+        return f"{failed}at epoch {trained}" if trained or failed else "missing"
 
     def begun_with_other_batches(self) -> "list[Run]":
         """Runs that differ from this one in the number of batches per step alone, where this one was not begun."""
