@@ -1,6 +1,7 @@
 """The scripts as their users run them: real processes, tiny grids, wrong command lines, missing and broken data."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -128,6 +129,21 @@ def test_interrupt_says_how_to_go_on(kmnist, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "train_kmnist.py: interrupted; the same command goes on from the last checkpoint\n"
+
+
+def test_interrupt_while_torch_is_imported(tmp_path):
+    """One line; Python ends itself by the signal, which a shell shows as status 130."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    program = f"import runpy; runpy.run_path({str(ROOT / 'train_add.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "interrupted\n"
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(kmnist, tmp_path):

@@ -1,5 +1,18 @@
 """What the scripts share: networks, data, training, grids of runs, reports."""
 
+import sys
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that says how; scripts print it alone and exit with 2."""
+
+
+def show_uncaught(kind, error, traceback) -> None:
+    """Ctrl-C in one line, wherever it comes: importing torch takes seconds. Python then exits with status 130."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = show_uncaught
