@@ -30,7 +30,7 @@ def main(
         130 when interrupted.
     """
     parser = build_parser(description, subject, experiments)
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, experiments, argv)
     try:
         failures = carry_out(subject, experiments, arguments)
     except UserError as error:
@@ -152,7 +152,7 @@ def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
         experiment = dataclasses.replace(experiment, **experiment.quick)
     names = ("rules", "widths", "learning_rates", "seeds", "data_limits", "keep", "epochs")
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
-    unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if name != "epochs"}
+    unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
     return dataclasses.replace(experiment, **{**given, **unrepeated})
 
 
@@ -166,11 +166,13 @@ def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Exp
 def build_parser(description: str, subject: Subject, experiments: Mapping[int, Experiment]) -> argparse.ArgumentParser:
     rows = "\n".join(f"  {number}  {experiment.title}" for number, experiment in experiments.items())
     parser = Parser(
+        usage="%(prog)s [NUMBER] [options]",
         description=f"{description.strip()}\n\nexperiments:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("experiment", type=int, nargs="?", default=1, choices=sorted(experiments), help="number (default 1)")
+    first = "of the experiment; it comes before the options (default 1)"
+    add("experiment", type=int, nargs="?", choices=sorted(experiments), metavar="NUMBER", help=first)
     grid = parser.add_argument_group("the grid: each takes one or more values, which replace the experiment's own")
     options = {
         "rules": {"choices": list(RULES), "metavar": "RULE", "help": ", ".join(RULES)},
@@ -204,6 +206,21 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add("--list", action="store_true", help="print the runs and their state; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
     return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, experiments: Mapping[int, Experiment], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The parsed command line. Exits with status 2 where an option may have taken the experiment's number as a value."""
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.experiment is not None:
+        return arguments
+    for values in vars(arguments).values():
+        if isinstance(values, list) and len(values) > 1 and values[-1] in experiments:
+            given, last = " ".join(f"{value:g}" for value in values), f"{values[-1]:g}"
+            parser.error(f"is the {last} of '{given}' a value or the experiment? Put its NUMBER before the options")
+    arguments.experiment = 1
+    return arguments
 
 
 class Parser(argparse.ArgumentParser):
