@@ -4,6 +4,7 @@ import csv
 import io
 import statistics
 
+import matplotlib.pyplot as plt
 import pytest
 
 from wide.figures import KINDS, draw_figure
@@ -126,6 +127,22 @@ def test_figures_are_drawn(kind):
     file = io.BytesIO()
     draw_figure(file, "title", table, {}, 45000)
     assert file.getvalue().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diverged_runs_are_marked(kind):
+    layout, measured = LAYOUTS[kind]
+    grid = [summary(rule, limit=n) for rule in ("backprop", "fa") for n in (45, None)]
+
+    def marked(summaries):
+        figure = KINDS[kind](make_table(layout, summaries, measured), {}, 45000)
+        lines = [line for panel in figure.axes for line in panel.lines if line.get_markerfacecolor() == "white"]
+        labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        plt.close(figure)
+        return [line.get_marker() for line in lines if len(line.get_xdata())], labels.count("hollow: diverged")
+
+    assert marked(grid) == ([], 0)
+    assert marked([s for s in grid if s != grid[-1]] + [summary("fa", status="diverged")]) == (["^"], 1)
 
 
 def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():

@@ -1,6 +1,7 @@
 """Figures from tables, each kind made for its question.
 
 Line figures show the last of the shown metrics against the table's axis, a panel per section and a line per rule.
+Where all that a cell could show has diverged, the rule's mark stands hollow on the lower edge of the panel.
 """
 
 import math
@@ -12,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.transforms import offset_copy
 
 from wide.tables import RULE_NAMES, Cell, Table, section_text
 
@@ -23,7 +25,7 @@ STYLES = {
     "align_prop": {"color": "#7a4fb5", "marker": "P", "linestyle": "-."},
     "fa": {"color": "#c2410c", "marker": "^", "linestyle": "--"},
     "dfa": {"color": "#e0a030", "marker": "v", "linestyle": ":"},
-    "last_layer": {"color": "#8a8a8a", "marker": "x", "linestyle": "-."},
+    "last_layer": {"color": "#8a8a8a", "marker": "X", "linestyle": "-."},
     "pair": {"color": "#111111", "marker": "o", "linestyle": "-"},
 }
 AXIS_LABELS = {
@@ -32,6 +34,7 @@ AXIS_LABELS = {
     "data_limit": "training images",
 }
 GREY = "#8a8a8a"
+HOLLOW = "hollow: diverged"  # in legends
 
 
 def draw_figure(
@@ -55,7 +58,7 @@ def lines(table: Table, references, examples: int):
         _logarithmic(panel, table, examples)
         panel.set_title(section_text(section), fontsize=10)
     panels[0].set_ylabel(table.measured.label(_drawn(table)))
-    _legend(figure, panels[-1])
+    _legend(figure)
     return figure
 
 
@@ -69,7 +72,7 @@ def gap(table: Table, references, examples: int):
             _logarithmic(panel, table, examples)
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
         pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit})")
-    _legend(figure, panels[0])
+    _legend(figure)
     return figure
 
 
@@ -84,10 +87,13 @@ def seeds(table: Table, references, examples: int):
     for panel, (section, column, cells) in zip(panels, places, strict=True):
         for x, (rule, cell) in enumerate(cells.items()):
             _draw_seeds(panel, x, rule, cell, table)
+            _mark_diverged(panel, rule, [x], [cell])
+        panel.set_xlim(-0.5, len(cells) - 0.5)
         panel.set_xticks(range(len(cells)), [RULE_NAMES[rule] for rule in cells], rotation=30, ha="right")
         panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
         _plain(panel)
     panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    _legend(figure)
     return figure
 
 
@@ -109,7 +115,7 @@ def timing(table: Table, references, examples: int):
         pair[1].set_ylim(bottom=0)
         for panel in pair:
             _logarithmic(panel, table, examples)
-    _legend(figure, panels[0])
+    _legend(figure)
     return figure
 
 
@@ -132,11 +138,12 @@ def _save(figure, title: str, file: BinaryIO) -> None:
 
 
 def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
-    metric = _drawn(table)
-    for rule, cells in rows.items():
+    metric, positions = _drawn(table), _positions(table, examples)
+    for number, (rule, cells) in enumerate(rows.items()):
         means = [_mean(cell, table) for cell in cells]
         spread = [_scaled(table, cell.deviation(metric)) if len(cell.values) > 1 else 0 for cell in cells]
-        _line(panel, rule, _positions(table, examples), means, spread)
+        _line(panel, rule, positions, means, spread)
+        _mark_diverged(panel, rule, positions, cells, aside=4.5 * (number - (len(rows) - 1) / 2))
 
 
 def _draw_gaps(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
@@ -154,6 +161,18 @@ def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
     spread = [0.12 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
     panel.plot([x + dx for dx in spread], points, style["marker"], color=style["color"], markersize=5)
     panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=style["color"], linewidth=1.5)
+
+
+def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], aside: float = 0) -> None:
+    """Hollow marks on the lower edge, `aside` points to the right, so that those of several rules can be told apart."""
+    places = [x for x, cell in zip(positions, cells, strict=True) if cell.status == "diverged"]
+    if not places:
+        return
+    edge = offset_copy(panel.get_xaxis_transform(), panel.figure, x=aside, units="points")
+    hollow = {"linestyle": "none", "markersize": 4, "markerfacecolor": "white"}
+    style = {"marker": STYLES[rule]["marker"], "markeredgecolor": STYLES[rule]["color"]}
+    panel.plot(places, [0] * len(places), transform=edge, clip_on=False, zorder=5, **hollow, **style)
+    panel.plot([], [], marker="o", markeredgecolor=GREY, label=HOLLOW, **hollow)
 
 
 def _line(panel, rule: str, positions: list[float], values: list, spread: list | None = None) -> None:
@@ -187,6 +206,8 @@ def _scaled(table: Table, value: float) -> float:
 def _logarithmic(panel, table: Table, examples: int) -> None:
     positions = _positions(table, examples)
     panel.set_xscale("log")
+    room = (positions[-1] / positions[0]) ** 0.05 if len(positions) > 1 else 2
+    panel.set_xlim(positions[0] / room, positions[-1] * room)  # the same where some are missing
     panel.set_xticks(positions, [f"{x:g}" for x in positions], rotation=30 if len(positions) > 7 else 0)
     panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     panel.set_xlabel(AXIS_LABELS[table.layout.against])
@@ -198,9 +219,15 @@ def _plain(panel) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure, panel) -> None:
-    """The panel's labels, beside the figure."""
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False)
+def _legend(figure) -> None:
+    """The labels of all panels, each once, beside the figure."""
+    handles = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = sorted(handles, key=lambda label: label == HOLLOW)  # it comes last
+    if labels:
+        figure.legend([handles[label] for label in labels], labels, loc="outside right center", frameon=False)
 
 
 # ----------------------------------------------------------------------------------------------------- alignment scores
@@ -231,7 +258,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         panel.xaxis.set_major_formatter("{x:g}")
         _plain(panel)
     panels[0].set_ylabel("alignment score")
-    _legend(figure, panels[-1])
+    _legend(figure)
     _save(figure, title, file)
 
 
