@@ -71,7 +71,7 @@ def gap(table: Table, references, examples: int):
         for panel in pair:
             _logarithmic(panel, table, examples)
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
-        pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit})")
+        pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit} below it)")
     _legend(figure)
     return figure
 
