@@ -17,7 +17,8 @@ WIDTHS = (8, 16, 32, 64, 128, 256, 512)
 LEARNING_RATES = (5, 2, 1)
 SEEDS = (100, 101, 102, 103, 104)
 STRIDES = (1, 1, 1, 2, 1, 2, 1)
-QUICK = {"widths": (8, 16), "learning_rates": (5,), "data_limits": (1000,), "epochs": 3}
+# 200 updates: at width 32, and hardly before, enough for the rules to part.
+QUICK = {"widths": (8, 32), "learning_rates": (5,), "data_limits": (2000,), "batch_size": 50, "epochs": 5}
 
 EXPERIMENTS = {
     1: Experiment(
@@ -35,7 +36,7 @@ EXPERIMENTS = {
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
         epochs=150,
         layout=Layout(against="learning_rate", best_over=()),
-        quick=QUICK | {"learning_rates": (0.2, 1, 5, 20)},
+        quick=QUICK | {"widths": (8,), "learning_rates": (0.2, 1, 5, 20)},
     ),
     3: Experiment(
         title="accuracy against width in standard parameterisation, with Adam",
@@ -56,7 +57,7 @@ EXPERIMENTS = {
         epochs=150,
         data_limits=(45, 150, 450, 1500, 4500, 15000, 45000),
         layout=Layout(against="data_limit", best_over=("learning_rate", "width"), figure="gap"),
-        quick=QUICK | {"data_limits": (45, 150, 450)},
+        quick=QUICK | {"widths": (16,), "data_limits": (45, 150, 450), "epochs": 20},
     ),
     5: Experiment(
         title="accuracy of Align-prop against width",
@@ -75,7 +76,7 @@ EXPERIMENTS = {
         epochs=150,
         seeds=SEEDS,
         layout=Layout(figure="seeds"),
-        quick=QUICK | {"widths": (16,)},
+        quick=QUICK | {"widths": (16,), "seeds": SEEDS[:3]},
     ),
     7: Experiment(
         title="training time of an epoch against width",
@@ -87,7 +88,7 @@ EXPERIMENTS = {
         layout=Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"),
         measured=EPOCH_TIME,
         timed=True,
-        quick=QUICK | {"seeds": (100, 101), "epochs": 1},
+        quick={"widths": (8, 16, 32), "learning_rates": (5,), "data_limits": (1000,), "seeds": SEEDS[:2], "epochs": 1},
     ),
 }
 

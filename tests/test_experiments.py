@@ -1,15 +1,17 @@
 """Grids, and the estimate of how long the rest takes."""
 
+import dataclasses
+
 import pytest
 
 from train_cifar import EXPERIMENTS, SUBJECT
-from wide.command_line import build_parser, chosen
+from wide.command_line import beside, build_parser, chosen, parse
 from wide.experiments import Pace, duration, plan
 from wide.runs import Run
 
 
 def planned(*words):
-    arguments = build_parser("", SUBJECT, EXPERIMENTS).parse_args(words)
+    arguments = parse(build_parser("", SUBJECT, EXPERIMENTS), EXPERIMENTS, words)
     experiment = chosen(EXPERIMENTS[arguments.experiment], arguments)
     return plan(SUBJECT, experiment, arguments, "fp32", "cpu")
 
@@ -31,6 +33,28 @@ def test_experiments_share_runs():
 
 def test_options_override_quick():
     assert {run.width for run in planned("1", "--quick", "--widths", "64")} == {64}
+    assert {run.batch_size for run in planned("1", "--quick", "--batch-size", "10")} == {10}
+
+
+def test_the_number_may_follow_options_of_one_value():
+    assert planned("--quick", "--epochs", "2", "6") == planned("6", "--quick")
+    assert planned("--quick") == planned("1", "--quick")
+
+
+@pytest.mark.parametrize("words", [("--widths", "8", "2"), ("--quick", "--seeds", "99", "1", "--epochs", "3")])
+def test_a_number_that_may_be_a_value_is_asked_for(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        planned(*words)
+    assert error.value.code == 2
+    assert "Put its NUMBER before the options" in capsys.readouterr().err
+    assert planned("1", *words)
+
+
+def test_batch_sizes():
+    """The published one unless asked for otherwise, by the experiment or --quick; runs shown beside have the same."""
+    assert {run.batch_size for run in planned("1")} == {100}
+    assert {run.batch_size for run in planned("1", "--quick")} == {EXPERIMENTS[1].quick["batch_size"]}
+    assert beside(EXPERIMENTS, dataclasses.replace(EXPERIMENTS[5], batch_size=20)).batch_size == 20
 
 
 def test_timed_runs_belong_to_a_device():

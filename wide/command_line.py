@@ -150,7 +150,7 @@ def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
     """The experiment with what the command line replaces in it: first --quick, then the single options."""
     if arguments.quick:
         experiment = dataclasses.replace(experiment, **experiment.quick)
-    names = ("rules", "widths", "learning_rates", "seeds", "data_limits", "keep", "epochs")
+    names = ("rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "keep", "epochs")
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
     return dataclasses.replace(experiment, **{**given, **unrepeated})
@@ -159,7 +159,7 @@ def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
 def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Experiment:
     """The part of another experiment that is comparable with this one."""
     number, rules = experiment.beside
-    same = {axis: getattr(experiment, axis) for axis in ("widths", "seeds", "data_limits", "epochs")}
+    same = {axis: getattr(experiment, axis) for axis in ("widths", "seeds", "data_limits", "epochs", "batch_size")}
     return dataclasses.replace(experiments[number], rules=rules, **same)
 
 
@@ -188,7 +188,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
         add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
-    add("--batch-size", type=positive_int, default=subject.batch_size, help="default %(default)s")
+    add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
     if subject.variants:
         add("--variant", choices=subject.variants, default=subject.variants[0], help="default %(default)s (README)")
@@ -211,7 +211,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
 def parse(
     parser: argparse.ArgumentParser, experiments: Mapping[int, Experiment], argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """The parsed command line. Exits with status 2 where an option may have taken the experiment's number as a value."""
+    """The parsed command line; exits with status 2 where an option may have taken the number as a value."""
     arguments = parser.parse_intermixed_args(argv)
     if arguments.experiment is not None:
         return arguments

@@ -43,6 +43,7 @@ class Experiment:
         scored_last: whether the report is of the scores after the last epoch.
         reporter: writes the report in place of the table of rules: (path without suffix, experiment, folders, parsed
             arguments) -> text. Its grid has one data limit.
+        batch_size: default: the subject's.
         quick: the settings that --quick replaces.
     """
 
@@ -53,6 +54,7 @@ class Experiment:
     epochs: int
     seeds: tuple[int, ...] = (PAPER_SEED,)
     data_limits: tuple[int | None, ...] = (None,)
+    batch_size: int | None = None
     optimizer: str = "sgd"
     parameterisation: str = "ntk"
     layout: Layout = dataclasses.field(default_factory=Layout)
@@ -124,7 +126,7 @@ def plan(
             raise UserError(f"--rules {rule}: {subject.unsuited[rule]}")
     if experiment.reporter and len(experiment.data_limits) > 1:
         raise UserError("--data-limits takes one value here; for others run the command again")
-    batch_size, batches = batches_of_a_step(arguments, processes)
+    batch_size, batches = batches_of_a_step(experiment.batch_size or subject.batch_size, arguments, processes)
     runs = []
     axes = (experiment.widths, experiment.data_limits, experiment.seeds, experiment.learning_rates, experiment.rules)
     for width, limit, seed, learning_rate, rule in itertools.product(*axes):
@@ -150,7 +152,7 @@ def plan(
     return list(dict.fromkeys(runs))
 
 
-def batches_of_a_step(arguments: argparse.Namespace, processes: int) -> tuple[int, int]:
+def batches_of_a_step(batch_size: int, arguments: argparse.Namespace, processes: int) -> tuple[int, int]:
     """The size of a batch that is normalised by itself, and how many of them make a step.
 
     Every process has batches of its own, unless normalisation is synchronised: then theirs are parts of one.
@@ -159,11 +161,11 @@ def batches_of_a_step(arguments: argparse.Namespace, processes: int) -> tuple[in
         UserError: they cannot be shared out evenly.
     """
     if getattr(arguments, "sync_normalisation", False):
-        return arguments.batch_size * processes, 1
+        return batch_size * processes, 1
     batches = getattr(arguments, "batches_per_step", None) or processes
     if batches % processes:
         raise UserError(f"--batches-per-step {batches} is no multiple of the {processes} processes; choose one that is")
-    return arguments.batch_size, batches
+    return batch_size, batches
 
 
 def check_batches(folders: list[RunFolder], arguments: argparse.Namespace) -> None:
