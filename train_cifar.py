@@ -69,7 +69,7 @@ EXPERIMENTS = {
         quick=QUICK,
     ),
     6: Experiment(
-        title="accuracy over five seeds",
+        title="accuracy over seeds",
         rules=("backprop", "align_ada", "dfa", "align_zero", "fa"),
         widths=(256,),
         learning_rates=LEARNING_RATES,

@@ -158,7 +158,7 @@ def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
         return
     points = [_scaled(table, value[_drawn(table)]) for value in cell.values]
     style = STYLES[rule]
-    spread = [0.12 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
+    spread = [0.3 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
     panel.plot([x + dx for dx in spread], points, style["marker"], color=style["color"], markersize=5)
     panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=style["color"], linewidth=1.5)
 
