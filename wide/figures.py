@@ -104,14 +104,15 @@ def timing(table: Table, references, examples: int):
     for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
         _draw_lines(pair[0], table, rows, examples)
         pair[0].set_yscale("log")
+        pair[0].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         pair[0].yaxis.set_major_formatter("{x:g}")
-        pair[0].yaxis.set_minor_formatter("{x:g}")
+        pair[0].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         pair[0].set_ylabel(table.measured.label(_drawn(table)))
         for rule, cells in rows.items():
             both = zip(cells, rows.get(reference, cells), strict=True)
             ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
             _line(pair[1], rule, _positions(table, examples), ratios)
-        pair[1].set_ylabel(f"times {RULE_NAMES[reference]}")
+        pair[1].set_ylabel(f"time, in multiples of {RULE_NAMES[reference]}'s")
         pair[1].set_ylim(bottom=0)
         for panel in pair:
             _logarithmic(panel, table, examples)
