@@ -248,7 +248,7 @@ def test_help_explains_each_experiment():
         done = script(name, "--help")
         assert done.returncode == 0
         assert "\n  1  " in done.stdout
-    assert "\n  2  KMNIST: accuracy against learning rate" in done.stdout
+    assert "\n  2  accuracy against learning rate" in done.stdout
 
 
 def test_other_data_under_the_same_outputs(kmnist, tmp_path):
