@@ -19,7 +19,7 @@ EXPERIMENTS = alignment_experiments(
     epochs=300,
     scored_after=150,
     timed_width=512,
-    quick={"widths": (8, 16), "learning_rates": (2,), "epochs": 4, "keep": ()},
+    quick={"widths": (8, 16), "learning_rates": (2,), "batch_size": 20, "epochs": 4, "keep": ()},
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from wide.experiments import Experiment, Subject
 from wide.tables import TOP_ACCURACY, Layout
 
 STRIDES = (4, 2, 1, 2, 1, 2, 1)
-QUICK = {"widths": (16,), "learning_rates": (2,), "epochs": 8}
+QUICK = {"widths": (16,), "learning_rates": (2,), "batch_size": 20, "epochs": 8}
 
 EXPERIMENTS = {
     1: Experiment(
