@@ -25,7 +25,7 @@ EXPERIMENTS = {
         widths=(512,),
         learning_rates=(5,),
         epochs=300,
-        layout=Layout(figure="seeds"),
+        layout=Layout(figure="curves"),
         quick=QUICK,
     ),
 }

@@ -19,7 +19,8 @@ def summary(
     run = Run("kmnist", "cnn", rule, width, rate, seed, 100, data_limit=limit)
     metrics = {"validation_accuracy": validation, "test_accuracy": test, "seconds": seconds}
     final = metrics if status == "done" else {}
-    return Summary(run, status, 10, final, final, 12.5, "data", "cpu")
+    history = {name: (0.5 * value, value) for name, value in final.items()}
+    return Summary(run, status, 10, final, final, history, 12.5, "data", "cpu")
 
 
 def rows_of(text):
@@ -75,7 +76,8 @@ def test_other_axes_become_sections():
 def test_losses_choose_the_lowest_and_show_references():
     def lost(width, train, test):
         values = {"train_loss": train, "test_loss": test}
-        return Summary(Run("add", "rnn", "backprop", width, 0.001, 99, 50), "done", 3, {}, values, 1.0, "add", "cpu")
+        run = Run("add", "rnn", "backprop", width, 0.001, 99, 50)
+        return Summary(run, "done", 3, {}, values, {}, 1.0, "add", "cpu")
 
     references = {"guessing 0.5": {"train_loss": 9.36, "test_loss": 9.31}}
     cells = rows_of(text_of([lost(8, 2.5, 2.6), lost(16, 1.5, 1.6)], measured=BEST_LOSS, references=references))
@@ -109,6 +111,7 @@ LAYOUTS = {
     "gap": (Layout("data_limit", ("learning_rate", "width"), figure="gap"), ACCURACY),
     "seeds": (Layout(figure="seeds"), ACCURACY),
     "timing": (Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"), EPOCH_TIME),
+    "curves": (Layout(figure="curves"), ACCURACY),
 }
 
 
@@ -142,7 +145,18 @@ def test_diverged_runs_are_marked(kind):
         return [line.get_marker() for line in lines if len(line.get_xdata())], labels.count("hollow: diverged")
 
     assert marked(grid) == ([], 0)
-    assert marked([s for s in grid if s != grid[-1]] + [summary("fa", status="diverged")]) == (["^"], 1)
+    marks, notes = marked([s for s in grid if s != grid[-1]] + [summary("fa", status="diverged")])
+    assert (set(marks), notes) == ({"^"}, 1)
+
+
+def test_curves_show_every_metric_at_every_epoch_averaged_over_seeds():
+    grid = [summary(seed=1, validation=0.4), summary(seed=2, validation=0.8)]
+    figure = KINDS["curves"](make_table(Layout(), grid, ACCURACY), {}, 45000)
+    (validation,), (test,) = (panel.lines for panel in figure.axes)
+    assert list(validation.get_xdata()) == [1, 2]
+    assert list(validation.get_ydata()) == pytest.approx([30, 60])
+    assert list(test.get_ydata()) == pytest.approx([20, 40])
+    plt.close(figure)
 
 
 def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():

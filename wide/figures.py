@@ -97,6 +97,35 @@ def seeds(table: Table, references, examples: int):
     return figure
 
 
+def curves(table: Table, references, examples: int):
+    """Every shown metric against the epoch, averaged over seeds; a panel for each, and for each column."""
+    metrics = table.measured.shown
+    places = [
+        (section, column, k, metric)
+        for section in table.sections
+        for k, column in enumerate(table.columns)
+        for metric in metrics
+    ]
+    figure, panels = _panels(len(places))
+    for panel, (section, column, k, metric) in zip(panels, places, strict=True):
+        rows = table.sections[section]
+        for number, (rule, cells) in enumerate(rows.items()):
+            _mark_diverged(panel, rule, [1], cells[k : k + 1], aside=_aside(number, len(rows)))
+            if not cells[k].histories:
+                continue
+            epochs = zip(*(history[metric] for history in cells[k].histories), strict=True)
+            means = [_scaled(table, statistics.fmean(values)) for values in epochs]
+            style = STYLES[rule] | {"markevery": max(len(means) // 8, 1), "markersize": 5}
+            panel.plot(range(1, len(means) + 1), means, label=RULE_NAMES[rule], **style)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(table.measured.label(metric))
+        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        _plain(panel)
+    _legend(figure)
+    return figure
+
+
 def timing(table: Table, references, examples: int):
     """Time on a logarithmic axis, and its ratio to that of the rule that it is compared with."""
     figure, panels = _panels(2 * len(table.sections))
@@ -120,7 +149,7 @@ def timing(table: Table, references, examples: int):
     return figure
 
 
-KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing}
+KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing, "curves": curves}
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
@@ -144,7 +173,7 @@ def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: i
         means = [_mean(cell, table) for cell in cells]
         spread = [_scaled(table, cell.deviation(metric)) if len(cell.values) > 1 else 0 for cell in cells]
         _line(panel, rule, positions, means, spread)
-        _mark_diverged(panel, rule, positions, cells, aside=4.5 * (number - (len(rows) - 1) / 2))
+        _mark_diverged(panel, rule, positions, cells, aside=_aside(number, len(rows)))
 
 
 def _draw_gaps(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
@@ -174,6 +203,11 @@ def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], 
     style = {"marker": STYLES[rule]["marker"], "markeredgecolor": STYLES[rule]["color"]}
     panel.plot(places, [0] * len(places), transform=edge, clip_on=False, zorder=5, **hollow, **style)
     panel.plot([], [], marker="o", markeredgecolor=GREY, label=HOLLOW, **hollow)
+
+
+def _aside(number: int, count: int) -> float:
+    """Points to the right for the marks of one of several rules."""
+    return 4.5 * (number - (count - 1) / 2)
 
 
 def _line(panel, rule: str, positions: list[float], values: list, spread: list | None = None) -> None:

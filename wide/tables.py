@@ -83,7 +83,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A run in figures: its metrics at the last epoch and at their best, up to the epochs that an experiment asks for.
+    """A run in figures: its metrics at the last epoch, at their best and at every epoch, up to an experiment's last.
 
     `best`, for accuracies, is taken at the epoch of the best validation accuracy; for losses each at its own lowest.
     """
@@ -93,6 +93,7 @@ class Summary:
     epochs: int
     final: Mapping[str, float]
     best: Mapping[str, float]
+    history: Mapping[str, tuple[float, ...]]
     seconds: float
     data: str
     device: str
@@ -109,6 +110,7 @@ class Summary:
             epochs=len(rows),
             final={name: rows[-1][name] for name in metrics} if rows else {},
             best=_best(finite, metrics, measured),
+            history={name: tuple(row[name] for row in rows) for name in metrics},
             seconds=sum(row["seconds"] for row in rows),
             data=config.get("run", {}).get("data", ""),
             device=", ".join(dict.fromkeys(session["device"] for session in config.get("sessions", []))),
@@ -143,12 +145,14 @@ AXES = ("parameterisation", "width", "data_limit", "learning_rate", "seed")
 class Cell:
     """One place of a table: runs that differ in averaged axes only, at the best of the axes that are chosen over.
 
-    `values` has the metrics of each run; it is empty where no run came through. `chosen` are the axes' best values.
+    `values` has the metrics of each run, `histories` those of each epoch; they are empty where no run came through.
+    `chosen` are the axes' best values.
     """
 
     values: tuple[Mapping[str, float], ...]
     chosen: Mapping[str, object]
     status: str
+    histories: tuple[Mapping[str, tuple[float, ...]], ...] = ()
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(value[metric] for value in self.values)
@@ -164,7 +168,12 @@ def make_cell(summaries: list[Summary], layout: Layout, measured: Measured) -> C
     for summary in summaries:
         candidates[tuple(getattr(summary.run, axis) for axis in layout.best_over)].append(summary)
     through = [
-        Cell(tuple(s.shown(measured) for s in group), dict(zip(layout.best_over, key, strict=True)), "done")
+        Cell(
+            tuple(s.shown(measured) for s in group),
+            dict(zip(layout.best_over, key, strict=True)),
+            "done",
+            tuple(s.history for s in group),
+        )
         for key, group in candidates.items()
         if all(summary.status == "done" for summary in group)
     ]
