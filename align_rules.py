@@ -38,6 +38,7 @@ input of the next layer if none comes before it. Nothing flows back past such a 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -53,13 +54,46 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Modules that use weights inside one fused call, where a rule cannot reach the single layers.
 FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
+# Modules whose `weight` and `bias` are no linear map of an activity: they look up, scale and shift.
+OTHERS = (
+    nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU,
+)  # fmt: skip
+
 LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 LINEAR_MAP_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+# Functions that multiply activities by each other or by a weight, by name, and which of their arguments multiply.
+PRODUCTS = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_tbc"), slice(0, 2)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), slice(0, 2)),
+    **dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm"), slice(1, 3)),
+    **dict.fromkeys(("bilinear", "scaled_dot_product_attention"), slice(0, 3)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__", "__rmatmul__"), slice(None)),
+    **dict.fromkeys(("einsum", "tensordot", "chain_matmul", "linalg_multi_dot", "linalg_matmul"), slice(None)),
+    **dict.fromkeys(("linalg_vecdot", "cdist", "multi_head_attention_forward"), slice(None)),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), slice(None)),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), slice(None)),
+}
+NOT_MULTIPLIED = ("bias", "attn_mask")  # named arguments of these that are added
+
+# Functions that may take a layer's weight beside an activity: they look up rows of it, or read its type or shape.
+HARMLESS = {"embedding", "embedding_bag", "to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 ACTIVATIONS = {
     F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
     F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold,
     F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.tanh, torch.tanh, Tensor.tanh,
+}  # fmt: skip
+
+# The same functions where they change their argument, and where these take the argument `inplace`.
+IN_PLACE = {
+    torch.relu_: torch.relu, Tensor.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, Tensor.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
+    F.selu_: F.selu, F.hardtanh_: F.hardtanh, F.threshold_: F.threshold,
+}  # fmt: skip
+INPLACE_POSITION = {
+    F.relu: 1, F.relu6: 1, F.selu: 1, F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1,
+    F.leaky_relu: 2, F.elu: 2, F.celu: 2, F.hardtanh: 3, F.threshold: 3,
 }  # fmt: skip
 
 # Between an activation function and a layer these change nothing but shape and borders.
@@ -138,22 +172,23 @@ def _transpose(linear_map: Callable, options: Mapping[str, Any], weight: Tensor,
     if linear_map is F.linear:
         return lambda error: error @ weight.to(error.dtype)
     if isinstance(options.get("padding"), str):
-        raise NotImplementedError(f"padding={options['padding']!r} is not supported; give the padding as numbers")
+        return _transpose_padded(linear_map, options, weight, shape)
     return lambda error: gradients[linear_map](shape, weight.to(error.dtype), error.contiguous(), **options)
 
 
+def _transpose_padded(linear_map: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
+    """`_transpose` for padding "same", whose odd pixel comes last (torch.nn.Conv2d), and "valid"."""
+    sizes, kernel, dilation = shape[-weight.dim() + 2 :], weight.shape[2:], options.get("dilation", 1)
+    dilation = (dilation,) * len(sizes) if isinstance(dilation, int) else dilation
+    same = options["padding"] == "same"
+    totals = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
+    padded = (*shape[: -len(sizes)], *(size + total for size, total in zip(sizes, totals, strict=True)))
+    transpose = _transpose(linear_map, {**options, "padding": 0}, weight, torch.Size(padded))
+    window = (..., *(slice(total // 2, total // 2 + size) for size, total in zip(sizes, totals, strict=True)))
+    return lambda error: transpose(error)[window]
+
+
 # ------------------------------------------------------------------------------------- following a network's own calls
-
-
-class _Activity(NamedTuple):
-    """What a tensor remembers if it came out of an activation function: tensor = function(argument)."""
-
-    argument: Tensor
-    function: Callable[[Tensor], Tensor]
-
-
-def _activity(tensor: Tensor) -> _Activity | None:
-    return getattr(tensor, "_activity", None)
 
 
 def _in_place(function: Callable) -> bool:
@@ -163,16 +198,54 @@ def _in_place(function: Callable) -> bool:
     return name.endswith("_")
 
 
+def _out_of_place(function: Callable, arguments: tuple, keywords: Mapping) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """An activation function with its settings, changing nothing, and its argument: a copy if the call would change it.
+
+    The rules still need the argument afterwards.
+    """
+    rest, keywords = list(arguments[1:]), dict(keywords)
+    position = INPLACE_POSITION.get(function, 0) - 1
+    changes = function in IN_PLACE or bool(keywords.pop("inplace", False))
+    if 0 <= position < len(rest):
+        changes = bool(rest[position])
+        rest[position] = False
+    activate = IN_PLACE.get(function, function)
+    return (lambda tensor: activate(tensor, *rest, **keywords)), arguments[0].clone() if changes else arguments[0]
+
+
+class _Source(NamedTuple):
+    """Where a tensor comes from that is made of the network's own tensors alone, and of no activity.
+
+    `parameter` is the name of the parameter that learns in it; None for fixed tensors, such as buffers. `layer`: it is
+    a layer's weight, and `stand_in` is what takes its place in the backward pass, where a rule wants that.
+    """
+
+    parameter: str | None = None
+    layer: bool = False
+    stand_in: Tensor | None = None
+
+
 class _Pass(TorchFunctionMode):
     """One run of a network during which `layer` and `activation` stand in for its calls of linear maps and activations.
 
-    `weights` maps each layer's weight to its name and, where a rule wants one, the weight that stands in for it in the
-    backward pass. A weight that the network scales, casts or reshapes before use is followed, and so is its stand-in.
+    A layer's weight that the network scales, casts, reshapes or splits before use is followed, and so is its stand-in.
+
+    Args:
+        network: the network that will run.
+        stand_ins: by the name of a layer's weight, the tensor that takes its place in the backward pass.
+
+    Raises:
+        TypeError: on the way, the network multiplies activities by a learned tensor that is no layer's weight, or uses
+            a layer's weight in another way than a linear map.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], stand_ins: Mapping[str, Tensor] | None = None):
+    def __init__(self, network: nn.Module, stand_ins: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.weights = {id(weight): (name, (stand_ins or {}).get(name)) for name, weight in weights.items()}
+        self.sources = {id(buffer): _Source() for buffer in network.buffers()}
+        for name, parameter in network.named_parameters():
+            self.sources[id(parameter)] = _Source(name if parameter.requires_grad else None)
+        for name, weight in layer_weights(network).items():
+            self.sources[id(weight)] = _Source(name, True, (stand_ins or {}).get(name))
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = dict(keywords or {})
@@ -180,75 +253,177 @@ class _Pass(TorchFunctionMode):
             arguments = (keywords.pop("input"),)
         if function in LINEAR_MAPS:
             options = dict(zip(LINEAR_MAP_ARGUMENTS, arguments, strict=False)) | keywords
-            found = self.find(options["weight"])
-            if found is not None:
-                return self.layer(function, options, *found)
-        elif function in ACTIVATIONS:
-            return self.activation(function, arguments, keywords)
-        elif self.derives(arguments, keywords):
-            return self.derive(function, arguments, keywords)
-        result = function(*arguments, **keywords)
-        if function in RESHAPES and result is not arguments[0] and (activity := _activity(arguments[0])):
-            inner = activity.function
-            result._activity = _Activity(activity.argument, lambda t: function(inner(t), *arguments[1:], **keywords))
-        elif _in_place(function) and _activity(arguments[0]):
-            arguments[0]._activity = None  # it is no longer what came out of the activation function
+            if (source := self.source_of_weight(options["weight"])).layer:
+                self.require(not self.is_layer_weight(options["input"]), source, function)
+                return self.layer(function, options, source)
+        activation = function in ACTIVATIONS or function in IN_PLACE
+        result = (self.activation if activation else self.other)(function, arguments, keywords)
+        results = _tensors_in(arguments[:1] if function is Tensor.__setitem__ else (result,))
+        if results:
+            self.follow(function, arguments, keywords, results)
         return result
 
-    def find(self, tensor: Tensor) -> tuple[str, Tensor | None] | None:
-        return self.weights.get(id(tensor)) or getattr(tensor, "_weight", None)
-
-    def derives(self, arguments, keywords) -> bool:
-        """Whether a call takes weights and no other tensor."""
-        tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
-        return bool(tensors) and all(self.find(tensor) is not None for tensor in tensors)
-
-    def derive(self, function, arguments, keywords):
-        result = function(*arguments, **keywords)
-        if isinstance(result, Tensor):
-            name, stand_in = next(found for a in arguments if isinstance(a, Tensor) and (found := self.find(a)))
-            if stand_in is not None:
-                with torch.no_grad():
-                    replaced = [self.find(a)[1] if isinstance(a, Tensor) else a for a in arguments]
-                    stand_in = function(*replaced, **keywords)
-            result._weight = (name, stand_in)
-        return result
+    def layer(self, linear_map, options, source):
+        return linear_map(**options)
 
     def activation(self, function, arguments, keywords):
-        if keywords.get("inplace"):  # the argument is still needed; in place saves memory and changes no value
-            keywords = keywords | {"inplace": False}
-        result = function(*arguments, **keywords)
-        result._activity = _Activity(arguments[0], lambda t: function(t, *arguments[1:], **keywords))
-        return result
+        return function(*arguments, **keywords)
 
-    def layer(self, linear_map, options, name, stand_in):
-        return linear_map(**options)
+    def other(self, function, arguments, keywords):
+        return function(*arguments, **keywords)
+
+    def find(self, tensor: Tensor) -> _Source | None:
+        source = self.sources.get(id(tensor)) or getattr(tensor, "_source", None)
+        fixed = source is None and tensor.dim() == 0 and not tensor.requires_grad
+        return _Source() if fixed else source
+
+    def is_layer_weight(self, tensor: Tensor) -> bool:
+        return (source := self.find(tensor)) is not None and source.layer
+
+    def source_of_weight(self, weight: Tensor) -> _Source:
+        source = self.find(weight)
+        if source is None and weight.requires_grad:
+            raise TypeError(
+                "the network makes the weight of a linear map from activities or in a torch.autograd.Function, where "
+                f"this rule cannot follow it; multiply activities with torch.matmul ({ANYTHING})"
+            )
+        return source or _Source()
+
+    def follow(self, function, arguments, keywords, results: list[Tensor]) -> None:
+        """Note where the results come from; refuse a use of learned tensors that the rule cannot follow."""
+        sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
+        if None not in sources:
+            self.derive(function, arguments, keywords, sources, results)
+        elif any(tensor.requires_grad for tensor in results):
+            for source in sources:
+                self.require(source is None or not source.layer or function.__name__ in HARMLESS, source, function)
+            self.check_product(function, arguments, keywords)
+        if None in sources and _in_place(function):
+            results[0]._source = None  # an activity has come in
+
+    def check_product(self, function, arguments, keywords) -> None:
+        name = function.__name__
+        multiplied = PRODUCTS.get(name if name.startswith("_") else name.rstrip("_"), slice(0))
+        named = {key: value for key, value in keywords.items() if multiplied != slice(0) and key not in NOT_MULTIPLIED}
+        for tensor in _tensors_in((arguments[multiplied], named)):
+            source = self.find(tensor)
+            self.require(source is None or source.parameter is None, source, function)
+
+    def require(self, holds: bool, source: _Source | None, function) -> None:
+        if not holds:
+            raise TypeError(
+                f"the network uses its parameter {source.parameter!r} in torch.{function.__name__.strip('_')}, outside "
+                "a torch.nn.Linear or Conv layer, where this rule cannot follow it; make it the weight of such a layer "
+                f"({ANYTHING})"
+            )
+
+    def derive(self, function, arguments, keywords, sources: list[_Source], results: list[Tensor]) -> None:
+        learned = [source for source in sources if source.parameter is not None]
+        source = max(learned, key=lambda learned: learned.layer, default=_Source())
+        stand_ins = [None] * len(results)
+        if any(source.stand_in is not None for source in sources):
+            # In place this would write into the network's own tensor.
+            self.require(not _in_place(function) or sources[0].stand_in is not None, source, function)
+            replaced = self.replaced(arguments)
+            with torch.no_grad():
+                returned = function(*replaced, **self.replaced(keywords))
+            stand_ins = _tensors_in((returned,)) or _tensors_in(replaced[:1])
+        for result, stand_in in zip(results, stand_ins, strict=True):
+            result._source = source._replace(stand_in=stand_in)
+
+    def replaced(self, value):
+        """The value, with its stand-in in the place of every layer's weight in it."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            stand_in = self.find(tensor).stand_in
+            return tensor if stand_in is None else stand_in
+
+        return _map_tensors(replace, value)
+
+
+ANYTHING = "Backprop and AlignZero take any network as it is"
 
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that a rule treats as layers', by name, in order of registration."""
-    return {
-        f"{name}.weight".lstrip("."): module.weight
-        for name, module in network.named_modules()
-        if isinstance(module, LAYERS)
-    }
-
-
-def _require_layers(network: nn.Module) -> None:
-    """Raise TypeError where a network keeps weights in a form that the layer-wise rules cannot follow."""
+    """The weights that a rule treats as layers', by name, in order of registration; a shared one once."""
+    weights, seen = {}, set()
     for name, module in network.named_modules():
-        if isinstance(module, FUSED):
-            raise TypeError(
-                f"{name or 'the network'} is a {type(module).__name__}, whose weights are used inside one fused call; "
-                "write it with torch.nn.Linear layers to use this rule (Backprop and AlignZero take it as it is)"
-            )
-        if isinstance(module, LAYERS) and "weight" not in module._parameters:
-            raise TypeError(
-                f"{name or 'the network'} makes its weight from other parameters (weight norm, for example), which "
-                "this rule cannot follow; remove the parametrisation (Backprop and AlignZero take it as it is)"
-            )
+        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            weights[f"{name}.weight".lstrip(".")] = weight
+    return weights
+
+
+def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str = ANYTHING) -> None:
+    """Raise TypeError where a network keeps weights in a form that the layer-wise rules cannot follow.
+
+    Args:
+        added: names of parameters that are added to activities; others that look like a matrix must be a layer's.
+        remedy: what else the user can do.
+    """
+    _require_parameters(network, added)
+    _require_initialised(network)
+    for name, module in network.named_modules():
+        if (problem := _unreachable(module, name, added)) is not None:
+            raise TypeError(f"{name or 'the network'} {problem} ({remedy})")
     if not layer_weights(network):
         raise TypeError("the network has no torch.nn.Linear or torch.nn.Conv layer that a rule could teach")
+
+
+def _unreachable(module: nn.Module, name: str, added: Iterable[str]) -> str | None:
+    """What keeps the layer-wise rules from following a module itself, without its children; None if nothing does."""
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted, so that its calls cannot be followed; make the rule on the module before torch.jit"
+    if isinstance(module, FUSED) and any(parameter.requires_grad for parameter in module.parameters()):
+        return (
+            f"is a {kind}, whose weights are used inside one fused call; write it with torch.nn.Linear layers to use "
+            "this rule"
+        )
+    if isinstance(module, LAYERS) and "weight" not in module._parameters:
+        return (
+            "makes its weight from other parameters (weight norm, for example), which this rule cannot follow; remove "
+            "the parametrisation"
+        )
+    known = ("weight", "bias") if isinstance(module, LAYERS + OTHERS) else ()
+    for own, parameter in module.named_parameters(recurse=False):
+        full = f"{name}.{own}".lstrip(".")
+        if own in known or full in added or not parameter.requires_grad or not _is_matrix(parameter):
+            continue
+        if type(module).__module__.startswith("torch.nn.") and not isinstance(
+            module, (nn.ParameterList, nn.ParameterDict)
+        ):
+            return (
+                f"is a {kind}, whose {own} this rule does not follow; use torch.nn.Linear or Conv layers (for a "
+                "transposed convolution, torch.nn.Upsample and a Conv layer)"
+            )
+        return (
+            f"holds the parameter {own} of shape {tuple(parameter.shape)} itself; if it multiplies activities, make it "
+            "the weight of a torch.nn.Linear or Conv layer; if it is added to them (a position embedding, an initial "
+            f"state), name it: added=({full!r},)"
+        )
+    return None
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it may be the matrix of a linear map; with a first dimension of 1 it is taken as added to activities."""
+    return parameter.dim() > 1 and parameter.shape[0] > 1 and sum(size > 1 for size in parameter.shape) > 1
+
+
+def _require_initialised(network: nn.Module) -> None:
+    """Raise TypeError for lazy modules that have not seen their input."""
+    for name, parameter in network.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise TypeError(f"{name} has no shape yet; call the network on a batch before making the rule")
+
+
+def _require_parameters(network: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError for a name that no parameter has."""
+    known = dict(network.named_parameters())
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the network has no parameter {name!r}; it has {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -276,6 +451,10 @@ class Rule(nn.Module):
         """The network's output with the rule's gradient."""
         raise NotImplementedError
 
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """What stands in for the layers' weights when errors go back, by the weights' names; empty if nothing does."""
+        return {}
+
 
 class Backprop(Rule):
     """Gradient descent as it is, for comparison."""
@@ -289,15 +468,17 @@ class LastLayer(Rule):
 
     Args:
         learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
+            A network whose layers cannot be followed needs them named.
 
     Raises:
+        TypeError: as for FeedbackAlignment, where `learns` is not given.
         ValueError: a name in `learns` is no parameter or module with parameters of the network.
     """
 
     def __init__(self, network: nn.Module, learns: Iterable[str] | None = None):
         super().__init__(network)
         if learns is None:
-            _require_layers(network)
+            _require_layers(network, remedy="or name what learns: learns=(...)")
             learns = [list(layer_weights(network))[-1].removesuffix("weight").removesuffix(".")]
         names = [name for name, _ in network.named_parameters()]
         self.learns = tuple(name for name in names if any(_within(name, place) for place in learns))
@@ -317,10 +498,14 @@ class FeedbackAlignment(Rule):
         feedback: one tensor per layer weight, by the weight's name and of its shape. Default: drawn from a normal
             distribution with the standard deviation that the weight has now.
         generator: for that draw.
+        added: names of parameters with two or more dimensions, held by modules of your own, that are added to
+            activities and do not multiply them: position embeddings, initial states. (Those whose first dimension is 1
+            need not be named.)
 
     Raises:
-        TypeError: the network has fused modules, or no layers.
-        ValueError: `feedback` does not fit the weights of the network.
+        TypeError: the network has no layers, or keeps weights where the rule cannot follow them (module docstring); at
+            a call, it multiplies activities by a learned tensor outside its layers.
+        ValueError: `feedback` does not fit the weights of the network; an unknown name in `added`.
     """
 
     def __init__(
@@ -328,9 +513,10 @@ class FeedbackAlignment(Rule):
         network: nn.Module,
         feedback: Mapping[str, Tensor] | None = None,
         generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
     ):
         super().__init__(network)
-        _require_layers(network)
+        _require_layers(network, tuple(added))
         weights = layer_weights(network)
         if feedback is None:
             feedback = {name: _normal_like(w, w.detach().std(), generator) for name, w in weights.items()}
@@ -340,26 +526,31 @@ class FeedbackAlignment(Rule):
         self.feedback = _Buffers([feedback[name].detach().clone() for name in weights])
 
     def attached(self, *inputs, **keywords) -> Tensor:
-        weights = layer_weights(self.network)
-        with _FeedbackPass(weights, dict(zip(weights, self.feedback, strict=True))):
+        with _FeedbackPass(self.network, self.feedback_weights()):
             return self.network(*inputs, **keywords)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return dict(zip(layer_weights(self.network), self.feedback, strict=True))
 
 
 class _FeedbackPass(_Pass):
-    def layer(self, linear_map, options, name, stand_in):
+    def layer(self, linear_map, options, source):
         layer_input = options.pop("input")
         output = linear_map(input=layer_input.detach(), **options)
         if not layer_input.requires_grad:
             return output
         options = {name: value for name, value in options.items() if name not in ("weight", "bias")}
-        return _Transport.apply(output, layer_input, _transpose(linear_map, options, stand_in, layer_input.shape))
+        return _Transport.apply(
+            output, layer_input, _transpose(linear_map, options, source.stand_in, layer_input.shape)
+        )
 
 
 class AlignProp(FeedbackAlignment):
-    """Feedback alignment with the initial weights as feedback weights."""
+    """Feedback alignment with the initial weights as feedback weights. `added` and errors as for FeedbackAlignment."""
 
-    def __init__(self, network: nn.Module):
-        super().__init__(network, layer_weights(network))
+    def __init__(self, network: nn.Module, added: Iterable[str] = ()):
+        _require_initialised(network)
+        super().__init__(network, layer_weights(network), added=added)
 
 
 class DirectFeedbackAlignment(Rule):
@@ -374,10 +565,12 @@ class DirectFeedbackAlignment(Rule):
             normal with standard deviation 1/sqrt(entries of an activity).
         pooled: draw the default feedback for activities averaged over their positions.
         generator: for that draw.
+        added: as for FeedbackAlignment.
 
     Raises:
-        TypeError: the network has fused modules, or no layers.
-        ValueError: at a call, `feedback` does not fit the network's blocks, or the network ends in an activation.
+        TypeError: as for FeedbackAlignment.
+        ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, or an
+            activity's first dimension is not the output's (the batch); an unknown name in `added`.
     """
 
     def __init__(
@@ -386,9 +579,10 @@ class DirectFeedbackAlignment(Rule):
         feedback: Iterable[Tensor] | None = None,
         pooled: bool = False,
         generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
     ):
         super().__init__(network)
-        _require_layers(network)
+        _require_layers(network, tuple(added))
         self.pooled, self.generator = pooled, generator
         self.feedback = _Buffers([] if feedback is None else [B.detach().clone() for B in feedback])
         self.drawn = feedback is not None
@@ -396,7 +590,7 @@ class DirectFeedbackAlignment(Rule):
     def attached(self, *inputs, **keywords) -> Tensor:
         # e does not go back to the inputs either; a gradient there would make them a block.
         inputs, keywords = _detached(inputs), _detached(keywords)
-        with (blocks := _DirectPass(layer_weights(self.network))):
+        with (blocks := _DirectPass(self.network)):
             output = self.network(*inputs, **keywords)
         if blocks.landed_last:
             raise ValueError(
@@ -418,6 +612,10 @@ class DirectFeedbackAlignment(Rule):
 
     def _check(self, output: Tensor, activities: list[Tensor]) -> None:
         outputs = output[0].numel()
+        if any(activity.shape[0] != output.shape[0] for activity in activities):
+            raise ValueError(
+                "DirectFeedbackAlignment needs activities whose first dimension is the output's, the batch"
+            )
         shapes = [(outputs, *activity.shape[1:]) for activity in activities]
         given = [tuple(B.shape) for B in self.feedback]
         fits = [B in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=False)]
@@ -438,20 +636,25 @@ class DirectFeedbackAlignment(Rule):
 class _DirectPass(_Pass):
     """Cuts the network behind every block; what still has a gradient in front of a cut belongs to the block."""
 
-    def __init__(self, weights):
-        super().__init__(weights)
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
         self.activities: list[Tensor] = []
         self.landed_last = False
 
     def activation(self, function, arguments, keywords):
-        result = super().activation(function, arguments, keywords)
-        return self.land(result) if arguments[0].requires_grad else result
+        if not arguments[0].requires_grad:
+            return function(*arguments, **keywords)
+        activate, argument = _out_of_place(function, arguments, keywords)
+        landed = self.land(activate(argument))
+        return landed if argument is arguments[0] else arguments[0].detach_().copy_(landed)
 
-    def layer(self, linear_map, options, name, stand_in):
+    def layer(self, linear_map, options, source):
         if options["input"].requires_grad:
             options["input"] = self.land(options["input"])
         self.landed_last = False
-        return linear_map(**options)
+        output = linear_map(**options)
+        # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
+        return output if output.requires_grad else output.detach().requires_grad_()
 
     def land(self, activity: Tensor) -> Tensor:
         self.activities.append(activity)
@@ -469,13 +672,20 @@ class _FromInitial(Rule):
 
     def __init__(self, network: nn.Module, live: Iterable[str] = ()):
         super().__init__(network)
+        _require_initialised(network)
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.initial.zero_grad()
         self.live = tuple(live)
-        names = dict(network.named_parameters())
-        for name in self.live:
-            if name not in names:
-                raise ValueError(f"the network has no parameter {name!r}; it has {', '.join(names)}")
+        _require_parameters(network, self.live)
+
+    def follow_mode(self) -> None:
+        """Put every module of the initial network into the mode, train or eval, of the same one in the network."""
+        for module, current in zip(self.initial.modules(), self.network.modules(), strict=True):
+            if module.training != current.training:
+                module.training = current.training
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return layer_weights(self.initial)
 
 
 class AlignZero(_FromInitial):
@@ -493,6 +703,7 @@ class AlignZero(_FromInitial):
 
     def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
         """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
+        self.follow_mode()
         initial = dict(self.initial.named_parameters())
         routed = {
             name: parameter if name in self.live else swap_grad(initial[name], parameter)
@@ -509,9 +720,10 @@ class AlignAda(_FromInitial):
         coupling: "preactivation" or "activity", where the error enters the current network (module docstring).
         live: as for AlignZero.
         uncoupled: names of layers whose input gets no error (the published recurrent rule leaves out its readout).
+        added: as for FeedbackAlignment; the names in `live` count as well.
 
     Raises:
-        TypeError: the network has fused modules, or no layers.
+        TypeError: as for FeedbackAlignment.
         ValueError: an unknown coupling or name.
         RuntimeError: at a call, the initial network called other layers than the current one.
     """
@@ -522,9 +734,10 @@ class AlignAda(_FromInitial):
         coupling: str = "preactivation",
         live: Iterable[str] = (),
         uncoupled: Iterable[str] = (),
+        added: Iterable[str] = (),
     ):
         super().__init__(network, live)
-        _require_layers(network)
+        _require_layers(network, (*added, *self.live))
         if coupling not in ("preactivation", "activity"):
             raise ValueError(f"coupling must be 'preactivation' or 'activity', not {coupling!r}")
         self.coupling = coupling
@@ -533,8 +746,9 @@ class AlignAda(_FromInitial):
             raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
 
     def attached(self, *inputs, **keywords) -> Tensor:
+        self.follow_mode()
         repeat = _Repeat(self.network)
-        with (current := _CurrentPass(layer_weights(self.network))):
+        with (current := _CurrentPass(self.network)):
             output = self.network(*inputs, **keywords)
         # Live values reach the current network with their gradient; a second way to them would count it twice.
         live = {name: self.network.get_parameter(name).detach() for name in self.live}
@@ -542,6 +756,38 @@ class AlignAda(_FromInitial):
             copied = functional_call(self.initial, live, _detached(inputs), _detached(keywords))
         initial.finish()
         return couple(output, copied)
+
+
+class _Activity(NamedTuple):
+    """What a tensor remembers if it came out of an activation function: tensor = function(argument)."""
+
+    argument: Tensor
+    function: Callable[[Tensor], Tensor]
+
+
+def _activity(tensor: Tensor) -> _Activity | None:
+    return getattr(tensor, "_activity", None)
+
+
+class _ActivityPass(_Pass):
+    """Remembers of every activity the activation function that it came out of, and that function's argument."""
+
+    def activation(self, function, arguments, keywords):
+        activate, argument = _out_of_place(function, arguments, keywords)
+        result = activate(argument)
+        if argument is not arguments[0]:
+            result = arguments[0].copy_(result)
+        result._activity = _Activity(argument, activate)
+        return result
+
+    def other(self, function, arguments, keywords):
+        result = function(*arguments, **keywords)
+        if function in RESHAPES and result is not arguments[0] and (activity := _activity(arguments[0])):
+            inner = activity.function
+            result._activity = _Activity(activity.argument, lambda t: function(inner(t), *arguments[1:], **keywords))
+        elif _in_place(function) and _activity(arguments[0]):
+            arguments[0]._activity = None  # it is no longer what came out of the activation function
+        return result
 
 
 class _Call(NamedTuple):
@@ -552,29 +798,29 @@ class _Call(NamedTuple):
     activity: _Activity | None
 
 
-class _CurrentPass(_Pass):
+class _CurrentPass(_ActivityPass):
     """Cuts the current network at the input of every layer, and remembers what was there."""
 
-    def __init__(self, weights):
-        super().__init__(weights)
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
         self.calls: list[_Call] = []
 
-    def layer(self, linear_map, options, name, stand_in):
+    def layer(self, linear_map, options, source):
         layer_input = options["input"]
-        self.calls.append(_Call(name, layer_input, _activity(layer_input)))
+        self.calls.append(_Call(source.parameter, layer_input, _activity(layer_input)))
         options["input"] = layer_input.detach()
         return linear_map(**options)
 
 
-class _InitialPass(_Pass):
+class _InitialPass(_ActivityPass):
     """Couples the input of every layer of the initial network with that of the same call in the current network."""
 
     def __init__(self, rule: AlignAda, calls: list[_Call]):
-        super().__init__(layer_weights(rule.initial))
+        super().__init__(rule.initial)
         self.rule, self.calls, self.made = rule, calls, 0
 
-    def layer(self, linear_map, options, name, stand_in):
-        call = self.calls[self.made] if self.made < len(self.calls) else None
+    def layer(self, linear_map, options, source):
+        call, name = self.calls[self.made] if self.made < len(self.calls) else None, source.parameter
         self.made += 1
         if call is None or call.name != name:
             raise RuntimeError(f"the initial network calls {name} where the current one does not: {self.remedy}")
@@ -608,6 +854,60 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
+# --------------------------------------------------------------------------------------------------------- alignment
+
+
+def gradient_angles(
+    rule: Rule, loss_function: Callable[[Tensor], Tensor], *inputs, **keywords
+) -> dict[str, float | None]:
+    """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
+
+    To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
+    autocast where the rule was. It changes neither .grad, parameters, buffers (running statistics) nor the state of the
+    generators of random numbers. Dropout draws masks other than the step's, unless that state is first put back to
+    what it was before the step.
+
+    Args:
+        loss_function: from the network's output to the loss, a scalar.
+
+    Returns:
+        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two gradients is missing or zero.
+    """
+    network, weights = rule.network, layer_weights(rule.network)
+    learning = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.enable_grad(), _Repeat(network):
+        loss = loss_function(functional_call(network, buffers, inputs, keywords))
+        exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    exact = dict(zip(learning, exact, strict=True))
+    return {name: _angle(weight.grad, exact.get(name)) for name, weight in weights.items()}
+
+
+def feedback_angles(rule: Rule) -> dict[str, float | None]:
+    """Angles between the weights that errors go back through and the current ones, as they stand.
+
+    Errors go back through B in FeedbackAlignment and through the initial weights in AlignProp, AlignAda and AlignZero.
+
+    Returns:
+        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two is zero. Empty for rules
+        without weights to compare (Backprop, LastLayer, DirectFeedbackAlignment).
+    """
+    weights = layer_weights(rule.network)
+    return {name: _angle(feedback, weights[name]) for name, feedback in rule.feedback_weights().items()}
+
+
+def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
+    """Between two tensors as vectors, in degrees; None where it is undefined."""
+    if one is None or other is None:
+        return None
+    one, other = one.detach().double().flatten(), other.detach().double().flatten()
+    if not one.any() or not other.any():
+        return None
+    one, other = one / one.norm(), other / other.norm()
+    # Exact for small angles too, unlike the arc cosine (Kahan, 2006, "How futile are mindless assessments").
+    return math.degrees(2 * math.atan2((one - other).norm().item(), (one + other).norm().item()))
+
+
 class _Buffers(nn.Module):
     """A list of tensors that move and are saved with the module that holds them."""
 
@@ -630,7 +930,9 @@ class _Repeat:
     """Made before a pass and entered for the next, it makes both draw the same random numbers, for dropout."""
 
     def __init__(self, network: nn.Module):
-        self.needed = any(isinstance(module, _DropoutNd) and module.training for module in network.modules())
+        # Reading the state breaks a compiled graph; outside one it costs microseconds, and any function may draw.
+        dropout = any(isinstance(module, _DropoutNd) and module.training for module in network.modules())
+        self.needed = dropout or not torch.compiler.is_compiling()
         if self.needed:
             self.devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
             self.state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
@@ -648,15 +950,31 @@ class _Repeat:
             self.fork.__exit__(*error)
 
 
-def _detached(values):
-    """The same values, with every tensor in them, in tuples, lists and dictionaries too, cut from its graph."""
+def _map_tensors(function: Callable[[Tensor], Any], values):
+    """The same values, with the function applied to every tensor in them, in tuples, lists and dictionaries too."""
     if isinstance(values, Tensor):
-        return values.detach()
+        return function(values)
     if isinstance(values, dict):
-        return {name: _detached(value) for name, value in values.items()}
+        return {name: _map_tensors(function, value) for name, value in values.items()}
     if type(values) in (tuple, list):
-        return type(values)(_detached(value) for value in values)
+        return type(values)(_map_tensors(function, value) for value in values)
     return values
+
+
+def _tensors_in(values) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)) or isinstance(values, torch.Size):
+        return []
+    return [tensor for value in values for tensor in _tensors_in(value)]
+
+
+def _detached(values):
+    """The same values, with every tensor in them cut from its graph."""
+    return _map_tensors(Tensor.detach, values)
 
 
 def _within(name: str, place: str) -> bool:

@@ -62,6 +62,9 @@ KINDS = {
     "residual": (Residual, (5, 2, 6, 6)),
 }
 RECURRENT_OPTIONS = {
+    "fa": {"added": ("initial_state",)},
+    "dfa": {"added": ("initial_state",)},
+    "align_prop": {"added": ("initial_state",)},
     "last_layer": {"learns": ("readout", "initial_state")},
     "align_zero": {"live": ("initial_state",)},
     "align_ada": {"coupling": "activity", "live": ("initial_state",)},
@@ -214,7 +217,9 @@ def test_update_by_hand(name, ours):
 def test_feedback_alignment_through_the_weights_is_backprop(kind):
     rule, inputs = make("backprop", kind, torch.float64)
     move(rule.network)
-    through_weights = align_rules.FeedbackAlignment(rule.network, align_rules.layer_weights(rule.network))
+    weights = align_rules.layer_weights(rule.network)
+    added = ("initial_state",) if kind == "recurrent" else ()
+    through_weights = align_rules.FeedbackAlignment(rule.network, weights, added=added)
     assert_close(gradients(through_weights, rule.network, inputs), gradients(rule, rule.network, inputs))
 
 
@@ -524,12 +529,6 @@ def test_align_ada_needs_the_same_calls(initial, current):
     network.path.data.fill_(current)
     with pytest.raises(RuntimeError, match="order of calls"):
         rule(torch.randn(5, 6))
-
-
-def test_padding_by_name_has_no_feedback():
-    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding="same"))
-    with pytest.raises(NotImplementedError, match="padding='same'"):
-        align_rules.AlignProp(network)(torch.randn(2, 2, 6, 6))
 
 
 class ChangedInPlace(nn.Module):

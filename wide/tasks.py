@@ -174,7 +174,8 @@ class AddTask(Task):
         uncoupled = ("readout",) if run.variant == "published" else ()
         settings = {
             "last_layer": {"learns": ("readout", *live)},
-            "fa": {"feedback": feedback},
+            "fa": {"feedback": feedback, "added": live},
+            "align_prop": {"added": live},
             "align_ada": {"coupling": "activity", "live": live, "uncoupled": uncoupled},
             "align_zero": {"live": live},
             "pair": {"live": live},
