@@ -8,14 +8,14 @@ The rules are those of Boopathy & Fiete, "How to Train Your Wide Neural Network 
 Alignment Perspective" (ICML 2022, arXiv 2106.08453), and the ones it compares with. This file imports torch only and
 can be copied alone into another project.
 
-Principle. A *layer* is a call of a linear map with a learned weight (torch.nn.Linear, torch.nn.Conv1d, 2d, 3d and their
-subclasses). Everything else a network is made of (biases, normalisation, activations, pooling, additions, reshaping) is
-differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the layer's input
-through the transpose of its current weight; a rule sends something else there. That, and which activity the layer's
-own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at the output
-of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the layer, and
-an index 0 for what the same network computes and sends back with all of its initial parameters (section 4 of the
-paper):
+Principle. A *layer* is a call of a linear map with a weight of torch.nn.Linear, torch.nn.Conv1d, 2d, 3d or a subclass of
+these. Everything else a network is made of (biases, normalisation, activations, pooling, additions, products of
+activities, reshaping) is differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on
+to the layer's input through the transpose of its current weight; a rule sends something else there. That, and which
+activity the layer's own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the
+loss at the output of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity
+of the layer, and an index 0 for what the same network computes and sends back with all of its initial parameters
+(section 4 of the paper):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -28,13 +28,32 @@ paper):
 
 In every rule e is computed at the current network's output, and the layers above the last learn by their own gradient.
 
-Where the AlignAda error enters the current network: at the argument of the activation function in front of the layer if
-there is one (so that the initial network's derivative of the activation is used, as published), else at the layer's
-input; at the readout, which is the layer called last, always at its input. `coupling="activity"` puts it at the layer's
-input everywhere, which is how the paper defines the rule for recurrent networks.
+Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at those
+layers' inputs goes back through the block's own derivatives to its parameters (bias, normalisation), which is its delta.
 
-Where the DirectFeedbackAlignment error enters: at the output of the first activation function after a layer, or at the
-input of the next layer if none comes before it. Nothing flows back past such a place.
+- AlignAda: the error enters at the argument of the activation function directly in front of the next layer if there is
+  one, with nothing but reshaping and padding between (so that the initial network's derivative of the activation is
+  used, as published), else at the layer's input; at the readout, which is the layer called last, always at its input.
+  `coupling="activity"` puts it at the layer's input everywhere, which is how the paper defines the rule for recurrent
+  networks. Activation functions with parameters (PReLU) count as part of the block, and learn.
+- DirectFeedbackAlignment: a block ends at the output of the first activation function after the layer, or at the input
+  of the next layer if none comes before it. e enters there, and nothing flows back past such a place.
+
+Branches. Errors add up wherever an activity is used more than once, as in backprop: a residual addition hands the error
+to both of its sides as it is, a concatenation to each its part, and a layer that is called several times (or two that
+share one weight) gets the sum over its calls, all with the same B or W0. A skip connection is cut by no layer, so an
+error that enters behind it goes back along it, through the current network's derivatives, to all the blocks that it
+passes (in AlignZero: the initial network's; in DirectFeedbackAlignment: as far as the next end of a block).
+
+Normalisation. Running statistics are updated once per step, by the current network. The initial network of AlignAda and
+AlignZero has running statistics of its own, updated by its own activities in the same steps. Every module of it is in
+the mode, train or eval, of the same module in the current network, and draws the same dropout masks.
+
+Frozen parameters (requires_grad False) do not learn; errors go through their layers as through the others. Learned
+weights that a rule cannot follow raise TypeError: when the rule is made, for fused modules (LSTM, MultiheadAttention),
+transposed convolutions, Bilinear, weights made from other parameters, and matrices that a module of your own holds; at
+the call, for learned tensors that multiply activities outside a layer. What a torch.autograd.Function of your own does
+inside is not seen. Backprop and AlignZero take any network as it is; LastLayer does if it is told what learns.
 """
 
 import copy
@@ -98,8 +117,9 @@ INPLACE_POSITION = {
 
 # Between an activation function and a layer these change nothing but shape and borders.
 RESHAPES = {
-    F.pad, torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose,
-    Tensor.squeeze, Tensor.unsqueeze, Tensor.contiguous,
+    F.pad, torch.flatten, Tensor.flatten, torch.unflatten, Tensor.unflatten, torch.reshape, Tensor.reshape, Tensor.view,
+    torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, torch.movedim, Tensor.movedim,
+    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.contiguous,
 }  # fmt: skip
 
 
@@ -246,6 +266,13 @@ class _Pass(TorchFunctionMode):
             self.sources[id(parameter)] = _Source(name if parameter.requires_grad else None)
         for name, weight in layer_weights(network).items():
             self.sources[id(weight)] = _Source(name, True, (stand_ins or {}).get(name))
+        self.refusal: str | None = None
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if self.refusal is not None and str(error) != self.refusal:
+            # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
+            raise TypeError(self.refusal) from error
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = dict(keywords or {})
@@ -254,7 +281,7 @@ class _Pass(TorchFunctionMode):
         if function in LINEAR_MAPS:
             options = dict(zip(LINEAR_MAP_ARGUMENTS, arguments, strict=False)) | keywords
             if (source := self.source_of_weight(options["weight"])).layer:
-                self.require(not self.is_layer_weight(options["input"]), source, function)
+                self.refuse([source] if self.is_layer_weight(options["input"]) else [], function)
                 return self.layer(function, options, source)
         activation = function in ACTIVATIONS or function in IN_PLACE
         result = (self.activation if activation else self.other)(function, arguments, keywords)
@@ -292,30 +319,35 @@ class _Pass(TorchFunctionMode):
     def follow(self, function, arguments, keywords, results: list[Tensor]) -> None:
         """Note where the results come from; refuse a use of learned tensors that the rule cannot follow."""
         sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
+        multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
+        learned = [source for source in multiplied if source.parameter is not None]
         if None not in sources:
+            self.refuse(learned[1:], function)
             self.derive(function, arguments, keywords, sources, results)
         elif any(tensor.requires_grad for tensor in results):
-            for source in sources:
-                self.require(source is None or not source.layer or function.__name__ in HARMLESS, source, function)
-            self.check_product(function, arguments, keywords)
+            layers = [source for source in sources if source is not None and source.layer]
+            found = learned or (layers if function.__name__ not in HARMLESS else [])
+            self.refuse(found, function)
         if None in sources and _in_place(function):
             results[0]._source = None  # an activity has come in
 
-    def check_product(self, function, arguments, keywords) -> None:
-        name = function.__name__
-        multiplied = PRODUCTS.get(name if name.startswith("_") else name.rstrip("_"), slice(0))
-        named = {key: value for key, value in keywords.items() if multiplied != slice(0) and key not in NOT_MULTIPLIED}
-        for tensor in _tensors_in((arguments[multiplied], named)):
-            source = self.find(tensor)
-            self.require(source is None or source.parameter is None, source, function)
+    def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
+        """Where the tensors come from that the function multiplies, if it is a product."""
+        name = function.__name__ if function.__name__.startswith("_") else function.__name__.rstrip("_")
+        if name not in PRODUCTS:
+            return []
+        named = {key: value for key, value in keywords.items() if key not in NOT_MULTIPLIED}
+        return [self.find(tensor) for tensor in _tensors_in((arguments[PRODUCTS[name]], named))]
 
-    def require(self, holds: bool, source: _Source | None, function) -> None:
-        if not holds:
-            raise TypeError(
-                f"the network uses its parameter {source.parameter!r} in torch.{function.__name__.strip('_')}, outside "
-                "a torch.nn.Linear or Conv layer, where this rule cannot follow it; make it the weight of such a layer "
-                f"({ANYTHING})"
+    def refuse(self, misused: list[_Source], function) -> None:
+        if misused:
+            used = f"{misused[0].parameter!r} in torch.{function.__name__.strip('_')}"
+            # An operator that is refused is tried once more with its sides exchanged: the first says more.
+            self.refusal = self.refusal or (
+                f"the network uses its parameter {used}, outside a torch.nn.Linear or Conv layer, where this rule "
+                f"cannot follow it; make it the weight of such a layer ({ANYTHING})"
             )
+            raise TypeError(self.refusal)
 
     def derive(self, function, arguments, keywords, sources: list[_Source], results: list[Tensor]) -> None:
         learned = [source for source in sources if source.parameter is not None]
@@ -323,7 +355,7 @@ class _Pass(TorchFunctionMode):
         stand_ins = [None] * len(results)
         if any(source.stand_in is not None for source in sources):
             # In place this would write into the network's own tensor.
-            self.require(not _in_place(function) or sources[0].stand_in is not None, source, function)
+            self.refuse([source] if _in_place(function) and sources[0].stand_in is None else [], function)
             replaced = self.replaced(arguments)
             with torch.no_grad():
                 returned = function(*replaced, **self.replaced(keywords))
@@ -363,7 +395,7 @@ def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str =
         remedy: what else the user can do.
     """
     _require_parameters(network, added)
-    _require_initialised(network)
+    _require_plain(network)
     for name, module in network.named_modules():
         if (problem := _unreachable(module, name, added)) is not None:
             raise TypeError(f"{name or 'the network'} {problem} ({remedy})")
@@ -374,8 +406,6 @@ def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str =
 def _unreachable(module: nn.Module, name: str, added: Iterable[str]) -> str | None:
     """What keeps the layer-wise rules from following a module itself, without its children; None if nothing does."""
     kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is scripted, so that its calls cannot be followed; make the rule on the module before torch.jit"
     if isinstance(module, FUSED) and any(parameter.requires_grad for parameter in module.parameters()):
         return (
             f"is a {kind}, whose weights are used inside one fused call; write it with torch.nn.Linear layers to use "
@@ -411,8 +441,11 @@ def _is_matrix(parameter: Tensor) -> bool:
     return parameter.dim() > 1 and parameter.shape[0] > 1 and sum(size > 1 for size in parameter.shape) > 1
 
 
-def _require_initialised(network: nn.Module) -> None:
-    """Raise TypeError for lazy modules that have not seen their input."""
+def _require_plain(network: nn.Module) -> None:
+    """Raise TypeError for what cannot be copied: scripted modules, and lazy ones that have not seen their input."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'the network'} is scripted; make the rule on the module before torch.jit.script")
     for name, parameter in network.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise TypeError(f"{name} has no shape yet; call the network on a batch before making the rule")
@@ -549,7 +582,7 @@ class AlignProp(FeedbackAlignment):
     """Feedback alignment with the initial weights as feedback weights. `added` and errors as for FeedbackAlignment."""
 
     def __init__(self, network: nn.Module, added: Iterable[str] = ()):
-        _require_initialised(network)
+        _require_plain(network)
         super().__init__(network, layer_weights(network), added=added)
 
 
@@ -672,7 +705,7 @@ class _FromInitial(Rule):
 
     def __init__(self, network: nn.Module, live: Iterable[str] = ()):
         super().__init__(network)
-        _require_initialised(network)
+        _require_plain(network)
         self.initial = copy.deepcopy(network).requires_grad_(False)
         self.initial.zero_grad()
         self.live = tuple(live)
@@ -736,8 +769,8 @@ class AlignAda(_FromInitial):
         uncoupled: Iterable[str] = (),
         added: Iterable[str] = (),
     ):
+        _require_layers(network, (*added, *live))
         super().__init__(network, live)
-        _require_layers(network, (*added, *self.live))
         if coupling not in ("preactivation", "activity"):
             raise ValueError(f"coupling must be 'preactivation' or 'activity', not {coupling!r}")
         self.coupling = coupling
