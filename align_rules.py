@@ -8,14 +8,14 @@ The rules are those of Boopathy & Fiete, "How to Train Your Wide Neural Network 
 Alignment Perspective" (ICML 2022, arXiv 2106.08453), and the ones it compares with. This file imports torch only and
 can be copied alone into another project.
 
-Principle. A *layer* is a call of a linear map with a weight of torch.nn.Linear, torch.nn.Conv1d, 2d, 3d or a subclass of
-these. Everything else a network is made of (biases, normalisation, activations, pooling, additions, products of
-activities, reshaping) is differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on
-to the layer's input through the transpose of its current weight; a rule sends something else there. That, and which
-activity the layer's own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the
-loss at the output of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity
-of the layer, and an index 0 for what the same network computes and sends back with all of its initial parameters
-(section 4 of the paper):
+Principle. A *layer* is a call of a linear map with a weight of torch.nn.Linear, torch.nn.Conv1d, 2d, 3d or a subclass.
+Everything else a network is made of (biases, normalisation, activations, pooling, additions, products of activities,
+reshaping) is differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the
+layer's input through the transpose of its current weight; a rule sends something else there. That, and which activity
+the layer's own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at
+the output of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the
+layer, and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4
+of the paper):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -28,8 +28,8 @@ of the layer, and an index 0 for what the same network computes and sends back w
 
 In every rule e is computed at the current network's output, and the layers above the last learn by their own gradient.
 
-Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at those
-layers' inputs goes back through the block's own derivatives to its parameters (bias, normalisation), which is its delta.
+Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
+inputs goes back through the block's own derivatives, to its bias and normalisation, and becomes the layer's delta.
 
 - AlignAda: the error enters at the argument of the activation function directly in front of the next layer if there is
   one, with nothing but reshaping and padding between (so that the initial network's derivative of the activation is
@@ -54,6 +54,8 @@ weights that a rule cannot follow raise TypeError: when the rule is made, for fu
 transposed convolutions, Bilinear, weights made from other parameters, and matrices that a module of your own holds; at
 the call, for learned tensors that multiply activities outside a layer. What a torch.autograd.Function of your own does
 inside is not seen. Backprop and AlignZero take any network as it is; LastLayer does if it is told what learns.
+
+`gradient_angles` and `feedback_angles` measure how far a rule is from backprop, layer by layer.
 """
 
 import copy
@@ -911,7 +913,8 @@ def gradient_angles(
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.enable_grad(), _Repeat(network):
         loss = loss_function(functional_call(network, buffers, inputs, keywords))
-        exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
+            exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
     exact = dict(zip(learning, exact, strict=True))
     return {name: _angle(weight.grad, exact.get(name)) for name, weight in weights.items()}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from align_rules import gradient_angles
 from wide import UserError
 from wide.runs import Busy, Run, RunFolder, Thrift, effective_batch, pack_stream, unpack_stream
 from wide.tasks import AddTask
@@ -68,6 +69,61 @@ def test_rows_without_a_checkpoint_are_trained_again(task, tmp_path):
     assert len(cut.rows()) == 3
     train(task, cut, 4)
     assert_same(whole, cut)
+
+
+def angles(folder):
+    return list(csv.DictReader(folder.angles_path.read_text().splitlines()))
+
+
+def test_angles_are_logged_and_change_nothing(task, tmp_path):
+    plain, logged, cut = (RunFolder(tmp_path / name, RUN) for name in ("plain", "logged", "cut"))
+    train(task, plain, 4)
+    train(task, logged, 4, log_alignment=True)
+    assert_same(plain, logged)
+    assert not plain.angles_path.exists()
+    assert plain.config()["run"] == logged.config()["run"]
+    rows = angles(logged)
+    assert [(row["epoch"], row["layer"]) for row in rows] == [
+        (str(epoch), layer) for epoch in range(1, 5) for layer in ("input", "hidden", "readout")
+    ]
+    assert all(1 < float(row["degrees_to_backprop"]) < 180 for row in rows if row["layer"] == "hidden")
+    assert all(float(row["degrees_to_backprop"]) < 0.1 for row in rows if row["layer"] == "readout")  # its own gradient
+    feedback = [float(row["degrees_feedback_to_weight"]) for row in rows if row["layer"] == "hidden"]
+    assert 0 < feedback[0] < feedback[1] < feedback[2] < feedback[3] < 10  # away from the start
+
+    # As after a kill: rows of an epoch that no checkpoint covers, the last of them cut off.
+    train(task, cut, 2, log_alignment=True)
+    with open(cut.angles_path, "a") as file:
+        file.write("3,input,1.0,\n3,hid")
+    train(task, cut, 4, log_alignment=True)
+    assert cut.angles_path.read_text() == logged.angles_path.read_text()
+
+
+def test_angles_from_the_middle_of_a_run(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    train(task, folder, 2, log_alignment=True)
+    assert {row["epoch"] for row in angles(folder)} == {"2"}
+    folder.angles_path.write_text("epoch,layer\nx,hidden\n")
+    with pytest.raises(UserError, match=r"angles.csv is damaged"):
+        train(task, folder, 3)
+
+
+def test_angles_are_those_of_the_last_batch_before_its_update(task):
+    training = Training(task, RUN)
+    training.log_alignment = True
+    batches = []
+    batch, task.batch = task.batch, lambda split, indices: batches.append(batch(split, indices)) or batches[-1]
+    training.train_epoch()
+    last = len(task.splits["train"]) // RUN.batch_size
+    again = Training(task, RUN)
+    for _ in zip(range(last - 1), again.steps(), strict=False):
+        pass
+    inputs, targets = batches[last - 1]
+    again.rule.zero_grad()
+    task.loss(again.rule(inputs), targets).backward()
+    expected = gradient_angles(again.rule, lambda outputs: task.loss(outputs, targets), inputs)
+    assert [row["degrees_to_backprop"] for row in training.angles] == list(expected.values())
 
 
 def test_diverged_runs_stop_and_stay(task, tmp_path):

@@ -50,6 +50,25 @@ def test_train_kmnist_end_to_end(kmnist, tmp_path, network):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("kmnist/*/*")}
 
 
+def test_log_alignment(kmnist, tmp_path):
+    rules = ["backprop", "last_layer", "fa", "dfa"]
+    done = script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", *rules, "--log-alignment"))
+    assert done.returncode == 0, done.stderr
+    for rule in rules:
+        folder = RunFolder(tmp_path, Run("kmnist", "cnn", rule, 4, 1.0, 99, 50))
+        rows = list(csv.DictReader(folder.angles_path.read_text().splitlines()))
+        layers = ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "readout"]
+        assert [(row["epoch"], row["layer"]) for row in rows] == [(str(k), layer) for k in (1, 2) for layer in layers]
+        for row in rows:
+            to_backprop, feedback = row["degrees_to_backprop"], row["degrees_feedback_to_weight"]
+            assert (feedback != "") == (rule == "fa")
+            if rule == "backprop" or row["layer"] == "readout":
+                assert float(to_backprop) < 0.1
+            else:
+                assert to_backprop == "" if rule == "last_layer" else 1 < float(to_backprop) < 180
+    assert script("alignment_kmnist.py", 1, "--log-alignment").returncode == 2  # its networks N learn by backprop
+
+
 def test_train_kmnist_2_draws_learning_rates(kmnist, tmp_path):
     arguments = tiny(kmnist, tmp_path, "--rules", "backprop", "--learning-rates", 0.5, 1, 2)
     done = script("train_kmnist.py", 2, *arguments)

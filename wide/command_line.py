@@ -65,6 +65,8 @@ def carry_out(
     with joined(device) as processes:
         if processes.count > 1 and not subject.from_disk:
             raise UserError("a run is trained by one process here; started several times, the command shares out runs")
+        if experiment.log_alignment and (processes.count > 1 or (getattr(arguments, "batches_per_step", 0) or 1) > 1):
+            raise UserError("--log-alignment needs one process and one batch per step")
 
         def folders(grid: Experiment) -> list[RunFolder]:
             runs = plan(subject, grid, arguments, precision, device_name(device), processes.count)
@@ -150,7 +152,9 @@ def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
     """The experiment with what the command line replaces in it: first --quick, then the single options."""
     if arguments.quick:
         experiment = dataclasses.replace(experiment, **experiment.quick)
-    names = ("rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "keep", "epochs")
+    names = (
+        "rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "keep", "epochs", "log_alignment",
+    )  # fmt: skip
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
     return dataclasses.replace(experiment, **{**given, **unrepeated})
@@ -187,6 +191,9 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
         add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
         add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
+    else:
+        logged = "in each run that is trained, keep angles between the rule's gradients and backprop's in angles.csv"
+        add("--log-alignment", action="store_true", help=logged)
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")

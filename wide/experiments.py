@@ -40,6 +40,7 @@ class Experiment:
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
         keep: epochs whose parameters are kept.
+        log_alignment: keep the angles between the rule's gradients and backprop's, per epoch and layer, in angles.csv.
         scored_last: whether the report is of the scores after the last epoch.
         reporter: writes the report in place of the table of rules: (path without suffix, experiment, folders, parsed
             arguments) -> text. Its grid has one data limit.
@@ -62,6 +63,7 @@ class Experiment:
     beside: tuple[int, tuple[str, ...]] | None = None
     timed: bool = False
     keep: tuple[int, ...] = ()
+    log_alignment: bool = False
     scored_last: bool = False
     reporter: "Callable[[Path, Experiment, list[RunFolder], argparse.Namespace], str] | None" = None
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -312,7 +314,7 @@ def train_one(
         if experiment.timed:
             warm_up(task, folder.run)
         pace.start()
-        train(task, folder, experiment.epochs, experiment.keep, after_epoch, processes)
+        train(task, folder, experiment.epochs, experiment.keep, after_epoch, experiment.log_alignment, processes)
         if (status := folder.status(experiment.epochs)) not in FINISHED:
             return f"{folder.run.name}: {status}", status
         return summary_line(folder, experiment.epochs), None

@@ -1,8 +1,8 @@
 """One run: what identifies it, and the folder that keeps it.
 
 outputs/<dataset>/<name>/ holds config.json (the identity, and where and with what each session trained), metrics.csv
-(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically) and, after a failure,
-error.txt.
+(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), where they are logged
+angles.csv (a row per epoch and layer) and, after a failure, error.txt.
 
 The number of epochs is not part of the identity: with a constant learning rate it decides how far a run goes, not what
 its numbers are, so a longer experiment goes on where a shorter one stopped, and a shorter one reads its first epochs.
@@ -92,6 +92,7 @@ class RunFolder:
         self.path = Path(outputs) / run.dataset / run.name
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.csv"
+        self.angles_path = self.path / "angles.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.error_path = self.path / "error.txt"
         self._read: tuple[tuple | None, tuple[int, bool]] = (None, (0, True))  # see `progress`
@@ -235,26 +236,25 @@ class RunFolder:
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row to metrics.csv; it is on disk when this returns."""
-        new = not self.metrics_path.exists() or self.metrics_path.stat().st_size == 0
-        with open(self.metrics_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(self.metrics_path, [row])
+
+    def append_angles(self, rows: list[dict[str, float | str | None]]) -> None:
+        """Add the rows of an epoch to angles.csv."""
+        append_rows(self.angles_path, rows)
 
     def keep(self, epochs: int) -> None:
         """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers.
 
         Raises:
-            UserError: rows up to there are missing.
+            UserError: rows up to there are missing, or a file is damaged.
         """
         if len(self.rows()) < epochs:
             raise self.damaged(self.metrics_path, ValueError(f"rows up to epoch {epochs} are missing"))
-        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        if lines and lines[epochs + 1 :]:
-            replace(self.metrics_path, lambda file: file.write("".join(lines[: epochs + 1]).encode()))
+        for path in (self.metrics_path, self.angles_path):
+            try:
+                keep_rows(path, epochs)
+            except ValueError as error:
+                raise self.damaged(path, error) from error
 
     def save(self, checkpoint: dict) -> None:
         replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
@@ -292,6 +292,27 @@ def writing(folder: Path):
         yield folder
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another --outputs") from error
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add rows to a CSV file, with a header if it is new; they are on disk when this returns."""
+    new = not path.exists() or path.stat().st_size == 0
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_rows(path: Path, epochs: int) -> None:
+    """Drop from a CSV file, where it exists, the rows after this epoch, their first column, and what was cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = whole[:1] + [line for line in whole[1:] if int(line.partition(",")[0]) <= epochs]
+    if kept != lines:
+        replace(path, lambda file: file.write("".join(kept).encode()))
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from align_rules import feedback_angles, gradient_angles
 from wide import UserError
 from wide.networks import synchronise_normalisation
 from wide.processes import ALONE, Processes, local_rank
@@ -89,11 +90,14 @@ class Training:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
+        angles: rows of angles.csv for the last epoch, where `log_alignment` is set.
 
     Args:
         processes: those that train together. Every step's batches are shared out among them; where a step is one batch,
             each takes a part of it, and the batch is normalised as a whole.
     """
+
+    log_alignment = False
 
     def __init__(self, task: Task, run: Run, processes: Processes = ALONE):
         self.task, self.run, self.processes = task, run, processes
@@ -105,6 +109,8 @@ class Training:
         self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate)
         self.stream = np.random.RandomState(run.seed)
         self.epoch = 0
+        self.angles: list[dict[str, float | str | None]] = []
+        self.aside = 0.0  # seconds spent on them
 
     def state(self) -> dict:
         """What a checkpoint holds."""
@@ -133,8 +139,9 @@ class Training:
         self.rule.train()
         steps = self.shares(self.stream.permutation(self.task.size(self.run, "train")))
         loaded = self.task.batches(self.run, "train", [part for step in steps for part in step], self.epoch)
-        for step in steps:
-            yield self.step(itertools.islice(loaded, len(step)))
+        for number, step in enumerate(steps, start=1):
+            last = number == len(steps)
+            yield self.step(itertools.islice(loaded, len(step)), measure_angles=self.log_alignment and last)
         self.epoch += 1
 
     def shares(self, order: np.ndarray) -> list[list[np.ndarray]]:
@@ -143,8 +150,13 @@ class Training:
         whole = len(batches) // self.run.batches * self.run.batches
         return [self._mine(step) for step in batches[:whole].reshape(-1, self.run.batches, batches.shape[1])]
 
-    def step(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self, batches: Iterable[tuple[Tensor, Tensor]], measure_angles: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """An update by the mean of the loss over all examples of this process' share of a step, and of the others'.
+
+        Args:
+            measure_angles: before the update; of a step that is one batch in one process.
 
         Returns:
             Outputs, targets and mean loss of this process' examples.
@@ -161,6 +173,8 @@ class Training:
             made.append((outputs.detach(), targets, loss.detach()))
         if not alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
+        if measure_angles:
+            self._measure_angles(inputs, targets)
         self.optimizer.step()
         if len(made) == 1:
             return made[0]
@@ -174,6 +188,23 @@ class Training:
         self.processes.add_up([*gradients, total])
         for gradient in gradients:
             gradient /= total
+
+    def _measure_angles(self, inputs: Tensor, targets: Tensor) -> None:
+        """Of the gradients at hand, made from this batch."""
+        start = self.clock()
+        with self._autocast():
+            degrees = gradient_angles(self.rule, lambda outputs: self.task.loss(_full(outputs), targets), inputs)
+        feedback = feedback_angles(self.rule)
+        self.angles = [
+            {
+                "epoch": self.epoch + 1,
+                "layer": name.removesuffix(".weight"),
+                "degrees_to_backprop": angle,
+                "degrees_feedback_to_weight": feedback.get(name),
+            }
+            for name, angle in degrees.items()
+        ]
+        self.aside = self.clock() - start
 
     @torch.no_grad()
     def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
@@ -200,7 +231,7 @@ class Training:
             self.steps(), f"epoch {self.epoch + 1}", total, leave=False, disable=hidden, position=2
         ):
             measured.add(self.task.measures(outputs, targets), len(targets))
-        seconds = self.clock() - start
+        seconds = self.clock() - start - self.aside
         metrics = {f"train_{name}": value for name, value in measured.values(self.processes).items()}
         for evaluation in self.task.evaluations:
             stream = self.stream if evaluation.streamed else np.random.RandomState(self.run.seed)
@@ -269,6 +300,7 @@ def train(
     epochs: int,
     keep: Iterable[int] = (),
     after_epoch: Callable[[], None] = lambda: None,
+    log_alignment: bool = False,
     processes: Processes = ALONE,
 ) -> None:
     """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
@@ -277,6 +309,7 @@ def train(
 
     Args:
         keep: the epochs, 0 among them perhaps, whose parameters are kept as parameters/epoch_<k>.pt.
+        log_alignment: keep the angles of every epoch that is trained here in angles.csv.
         processes: those that train together. The first calls `train`, the others are in `follow`.
 
     Raises:
@@ -286,6 +319,7 @@ def train(
     with folder.locked():
         folder.check(task.fingerprint)
         training, thrift = Training(task, folder.run, processes), Thrift()
+        training.log_alignment = log_alignment
         if (checkpoint := folder.load(task.device)) is not None:
             try:
                 training.restore(checkpoint)
@@ -309,6 +343,8 @@ def train(
                 row = training.train_epoch()
                 finite = math.isfinite(row["train_loss"])
                 folder.append(row)
+                if log_alignment:
+                    folder.append_angles(training.angles)
                 if training.epoch in keep:
                     folder.save_parameters(training.epoch, training.parameters())
                 if thrift.due() or training.epoch == epochs or not finite:
