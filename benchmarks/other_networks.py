@@ -4,8 +4,8 @@
 
 The first table has a row per network and a column per rule. "yes": the output was the network's own to the last bit;
 the parameters that backprop moves moved (with last_layer: the readout's alone); running statistics were updated once,
-from the current network; and nothing that the rule keeps changed. The second gives the time of a step on ResNet-18 as a
-multiple of backprop's in the same round, each round one step of every rule: median, lowest and highest.
+from the current network; and nothing that the rule keeps changed. The second gives the processor time of a step on
+ResNet-18 as a multiple of backprop's in the same round, each round one step of every rule: median, lowest and highest.
 """
 
 import argparse
@@ -183,12 +183,12 @@ class Step:
         self.optimiser = torch.optim.SGD(self.rule.parameters(), lr=0.01, momentum=0.9)
 
     def seconds(self) -> float:
-        """Of one step."""
-        start = time.perf_counter()
+        """Processor time of one step: with one thread, its duration on a machine that does nothing else."""
+        start = time.process_time()
         self.optimiser.zero_grad()
         F.cross_entropy(self.rule(self.inputs), self.labels).backward()
         self.optimiser.step()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def costs(batch: int, size: int, rounds: int) -> str:

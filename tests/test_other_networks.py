@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from running import ROOT
 from test_align_rules import RECURRENT_OPTIONS, assert_close, copy_parameters, gradients, move
 from torch import Tensor, nn
 from torchvision.models import resnet18
@@ -53,6 +54,19 @@ class Skip(nn.Module):
 
 
 IMAGES = (4, 2, 8, 8)
+
+
+def test_the_readmes_example(kmnist):
+    section = (ROOT / "README.md").read_text().partition("## On your own network")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert 'KMNIST("data")' in code
+    names = {}
+    exec(code.replace('KMNIST("data")', f"KMNIST({str(kmnist)!r})"), names)
+    rule = names["rule"]
+    assert isinstance(rule, align_rules.AlignAda)
+    assert names["loss"] < 5
+    for key, weight in align_rules.layer_weights(rule.network).items():
+        assert not torch.equal(weight, rule.initial.get_parameter(key)), key
 
 
 @pytest.mark.parametrize("title", LIGHT)
