@@ -106,7 +106,8 @@ ACTIVATIONS = {
     F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.tanh, torch.tanh, Tensor.tanh,
 }  # fmt: skip
 
-# The same functions where they change their argument, and where these take the argument `inplace`.
+# The same functions where they change their argument, and where the others take `inplace`: torch hands it on by name,
+# but torch.compile as it was given.
 IN_PLACE = {
     torch.relu_: torch.relu, Tensor.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, Tensor.sigmoid_: torch.sigmoid,
     torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
