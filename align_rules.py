@@ -264,7 +264,8 @@ class _Pass(TorchFunctionMode):
 
     def __init__(self, network: nn.Module, stand_ins: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.sources = {id(buffer): _Source() for buffer in network.buffers()}
+        self.buffers = list(network.buffers())
+        self.sources = {id(buffer): _Source() for buffer in self.buffers}
         for name, parameter in network.named_parameters():
             self.sources[id(parameter)] = _Source(name if parameter.requires_grad else None)
         for name, weight in layer_weights(network).items():
@@ -303,9 +304,15 @@ class _Pass(TorchFunctionMode):
         return function(*arguments, **keywords)
 
     def find(self, tensor: Tensor) -> _Source | None:
-        source = self.sources.get(id(tensor)) or getattr(tensor, "_source", None)
+        source = self.own(tensor) or getattr(tensor, "_source", None)
         fixed = source is None and tensor.dim() == 0 and not tensor.requires_grad
         return _Source() if fixed else source
+
+    def own(self, tensor: Tensor) -> _Source | None:
+        """Of a parameter or buffer of the network; None for other tensors."""
+        if torch.compiler.is_compiling() and not isinstance(tensor, nn.Parameter):  # has an id only outside graphs
+            return _Source() if any(tensor is buffer for buffer in self.buffers) else None
+        return self.sources.get(id(tensor))
 
     def is_layer_weight(self, tensor: Tensor) -> bool:
         return (source := self.find(tensor)) is not None and source.layer
@@ -331,7 +338,7 @@ class _Pass(TorchFunctionMode):
             layers = [source for source in sources if source is not None and source.layer]
             found = learned or (layers if function.__name__ not in HARMLESS else [])
             self.refuse(found, function)
-        if None in sources and _in_place(function):
+        if None in sources and _in_place(function) and getattr(results[0], "_source", None) is not None:
             results[0]._source = None  # an activity has come in
 
     def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
@@ -364,7 +371,8 @@ class _Pass(TorchFunctionMode):
                 returned = function(*replaced, **self.replaced(keywords))
             stand_ins = _tensors_in((returned,)) or _tensors_in(replaced[:1])
         for result, stand_in in zip(results, stand_ins, strict=True):
-            result._source = source._replace(stand_in=stand_in)
+            if self.own(result) is None:  # not a buffer that was changed in place
+                result._source = source._replace(stand_in=stand_in)
 
     def replaced(self, value):
         """The value, with its stand-in in the place of every layer's weight in it."""

@@ -472,6 +472,13 @@ def test_a_deep_copy_learns_its_own_network(name):
     assert all(parameter.grad is None for parameter in rule.parameters())
 
 
+@each_layerwise
+def test_nothing_is_left_on_the_networks_tensors(name):
+    network = residual()
+    gradients(align_rules.RULES[name](network), network, torch.randn(IMAGES))
+    assert all(not vars(tensor) for tensor in (*network.parameters(), *network.buffers()))
+
+
 @each_rule
 def test_a_state_dict_carries_a_rule_to_another_network(name):
     rule, images = align_rules.RULES[name](residual()), torch.randn(IMAGES)
