@@ -83,6 +83,8 @@ OTHERS = (
 LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 LINEAR_MAP_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
+ANYTHING = "Backprop and AlignZero take any network as it is"  # what errors end with
+
 # Functions that multiply activities by each other or by a weight, by name, and which of their arguments multiply.
 PRODUCTS = {
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_tbc"), slice(0, 2)),
@@ -384,9 +386,6 @@ class _Pass(TorchFunctionMode):
         return _map_tensors(replace, value)
 
 
-ANYTHING = "Backprop and AlignZero take any network as it is"
-
-
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights that a rule treats as layers', by name, in order of registration; a shared one once."""
     weights, seen = {}, set()
@@ -427,24 +426,32 @@ def _unreachable(module: nn.Module, name: str, added: Iterable[str]) -> str | No
             "makes its weight from other parameters (weight norm, for example), which this rule cannot follow; remove "
             "the parametrisation"
         )
-    known = ("weight", "bias") if isinstance(module, LAYERS + OTHERS) else ()
-    for own, parameter in module.named_parameters(recurse=False):
+    for own in _matrices(module):
         full = f"{name}.{own}".lstrip(".")
-        if own in known or full in added or not parameter.requires_grad or not _is_matrix(parameter):
-            continue
-        if type(module).__module__.startswith("torch.nn.") and not isinstance(
-            module, (nn.ParameterList, nn.ParameterDict)
-        ):
-            return (
-                f"is a {kind}, whose {own} this rule does not follow; use torch.nn.Linear or Conv layers (for a "
-                "transposed convolution, torch.nn.Upsample and a Conv layer)"
-            )
-        return (
-            f"holds the parameter {own} of shape {tuple(parameter.shape)} itself; if it multiplies activities, make it "
-            "the weight of a torch.nn.Linear or Conv layer; if it is added to them (a position embedding, an initial "
-            f"state), name it: added=({full!r},)"
-        )
+        if full not in added:
+            return _misplaced(module, own, full)
     return None
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Names of the learned parameters of a module itself that may be matrices and are no layer's weight."""
+    known = ("weight", "bias") if isinstance(module, LAYERS + OTHERS) else ()
+    own = module.named_parameters(recurse=False)
+    return [name for name, p in own if name not in known and p.requires_grad and _is_matrix(p)]
+
+
+def _misplaced(module: nn.Module, own: str, full: str) -> str:
+    lists = isinstance(module, nn.ParameterList | nn.ParameterDict)
+    if type(module).__module__.startswith("torch.nn.") and not lists:
+        return (
+            f"is a {type(module).__name__}, whose {own} this rule does not follow; use torch.nn.Linear or Conv layers "
+            "(for a transposed convolution, torch.nn.Upsample and a Conv layer)"
+        )
+    return (
+        f"holds the parameter {own} of shape {tuple(module.get_parameter(own).shape)} itself; if it multiplies "
+        "activities, make it the weight of a torch.nn.Linear or Conv layer; if it is added to them (a position "
+        f"embedding, an initial state), name it: added=({full!r},)"
+    )
 
 
 def _is_matrix(parameter: Tensor) -> bool:
@@ -780,6 +787,7 @@ class AlignAda(_FromInitial):
         uncoupled: Iterable[str] = (),
         added: Iterable[str] = (),
     ):
+        live = tuple(live)
         _require_layers(network, (*added, *live))
         super().__init__(network, live)
         if coupling not in ("preactivation", "activity"):
