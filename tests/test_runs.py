@@ -112,14 +112,14 @@ def test_angles_from_the_middle_of_a_run(task, tmp_path):
 def test_angles_are_those_of_the_last_batch_before_its_update(task):
     training = Training(task, RUN)
     training.log_alignment = True
-    batches = []
-    batch, task.batch = task.batch, lambda split, indices: batches.append(batch(split, indices)) or batches[-1]
     training.train_epoch()
-    last = len(task.splits["train"]) // RUN.batch_size
     again = Training(task, RUN)
+    (order,) = again.shares(again.stream.permutation(len(task.splits["train"])))[-1]
+    again.stream = np.random.RandomState(RUN.seed)
+    last = len(task.splits["train"]) // RUN.batch_size
     for _ in zip(range(last - 1), again.steps(), strict=False):
         pass
-    inputs, targets = batches[last - 1]
+    ((inputs, targets),) = task.batches(RUN, "train", [order], 0)
     again.rule.zero_grad()
     task.loss(again.rule(inputs), targets).backward()
     expected = gradient_angles(again.rule, lambda outputs: task.loss(outputs, targets), inputs)
