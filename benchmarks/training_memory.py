@@ -1,4 +1,4 @@
-"""Peak memory of a training step on ImageNet, per rule: python3 benchmarks/imagenet_memory.py [--width 512]
+"""Peak memory of a training step, per rule: python3 benchmarks/training_memory.py imagenet [--width 512]
 
 Counted from the sizes of the tensors that are alive during a step, parameters and feedback weights included, on torch's
 "meta" device, where tensors have sizes but no content. On a GPU the same step is also measured. What the convolution
@@ -12,6 +12,7 @@ import resource
 import sys
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import train_cifar
+import train_imagenet
 from align_rules import RULES, Rule
-from train_imagenet import STRIDES
 from wide.networks import ConvolutionalNetwork, draw
 
-CLASSES = 1000
+
+class Geometry(NamedTuple):
+    """Of the paper's network for a dataset. `feedback`: the kind that DFA takes."""
+
+    size: int
+    strides: tuple[int, ...]
+    classes: int
+    feedback: str
+
+
+GEOMETRIES = {
+    "cifar": Geometry(32, train_cifar.STRIDES, 10, "blocks"),
+    "imagenet": Geometry(224, train_imagenet.STRIDES, 1000, "pooled"),
+}
 
 
 class Live(TorchDispatchMode):
@@ -55,51 +70,53 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-def make(rule: str, width: int) -> Rule:
-    network = ConvolutionalNetwork(3, width, STRIDES, CLASSES)
-    feedback = draw(network, 99, {"fa": "layers", "dfa": "pooled"}.get(rule))
+def make(rule: str, geometry: Geometry, width: int) -> Rule:
+    network = ConvolutionalNetwork(3, width, geometry.strides, geometry.classes)
+    kind = {"fa": "layers", "dfa": geometry.feedback}.get(rule)
+    feedback = draw(network, 99, kind, (3, geometry.size, geometry.size))
     return RULES[rule](network, **({"feedback": feedback} if feedback else {}))
 
 
-def step(rule: Rule, batch: int, device: str) -> None:
-    images = torch.empty(batch, 3, 224, 224, device=device).fill_(0.5)
+def step(rule: Rule, geometry: Geometry, batch: int, device: str) -> None:
+    images = torch.empty(batch, 3, geometry.size, geometry.size, device=device).fill_(0.5)
     targets = torch.zeros(batch, dtype=torch.int64, device=device)
-    F.mse_loss(rule(images), F.one_hot(targets, CLASSES).float()).backward()
+    F.mse_loss(rule(images), F.one_hot(targets, geometry.classes).float()).backward()
     torch.optim.SGD([p for p in rule.parameters() if p.requires_grad], lr=1e-3).step()
 
 
-def counted(rule_name: str, width: int, batch: int) -> float:
+def counted(rule_name: str, geometry: Geometry, width: int, batch: int) -> float:
     """Bytes at the peak of a step, from sizes."""
-    rule = make(rule_name, width).to("meta")
+    rule = make(rule_name, geometry, width).to("meta")
     kept = sum(tensor.untyped_storage().nbytes() for tensor in [*rule.parameters(), *rule.buffers()])
     with Live() as live:
-        step(rule, batch, "meta")
+        step(rule, geometry, batch, "meta")
     return kept + live.peak
 
 
-def measured(rule_name: str, width: int, batch: int) -> float:
+def measured(rule_name: str, geometry: Geometry, width: int, batch: int) -> float:
     """Bytes at the peak of a step: of the GPU's memory, or by how much this process grew. For a process of its own."""
     if torch.cuda.is_available():
-        rule = make(rule_name, width).to("cuda")
-        step(rule, batch, "cuda")
+        rule = make(rule_name, geometry, width).to("cuda")
+        step(rule, geometry, batch, "cuda")
         return torch.cuda.max_memory_allocated()
-    step(make("backprop", 4), 2, "cpu")  # what libraries take for themselves once
+    step(make("backprop", geometry, 4), geometry, 2, "cpu")  # what libraries take for themselves once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(make(rule_name, width), batch, "cpu")
+    step(make(rule_name, geometry, width), geometry, batch, "cpu")
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=GEOMETRIES)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--check", action="store_true", help="measure on the CPU as well, where there is no GPU")
     arguments = parser.parse_args()
     also = arguments.check or torch.cuda.is_available()
-    print(f"width {arguments.width}, batch {arguments.batch}, FP32; GB at the peak of a training step\n")
+    print(f"{arguments.dataset}, width {arguments.width}, batch {arguments.batch}, FP32; GB at a step's peak\n")
     print("| rule | counted |" + (" measured |" if also else "") + "\n|---|---|" + ("---|" if also else ""))
     for rule in RULES:
-        setting = rule, arguments.width, arguments.batch
+        setting = rule, GEOMETRIES[arguments.dataset], arguments.width, arguments.batch
         cells = [counted(*setting)]
         if also:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
