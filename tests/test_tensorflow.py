@@ -24,6 +24,8 @@ CONVOLUTIONAL = {"strides 1 2 2": ((7, 8), (1, 2, 2)), "strides 4 1 2": ((12, 9)
 
 # The published rule leaves the readout of the initial network uncoupled.
 RECURRENT_OPTIONS = {
+    "fa": {"added": ("initial_state",)},
+    "align_prop": {"added": ("initial_state",)},
     "last_layer": {"learns": ("readout", "initial_state")},
     "align_zero": {"live": ("initial_state",)},
     "align_ada corrected": {"coupling": "activity", "live": ("initial_state",)},
@@ -157,13 +159,16 @@ def test_images(rule_name, kind, parameterisation, worker):
     assert_follows(network, output, worker.submit(reference_gradients, "Layered", options, name, *arrays).result())
 
 
-@pytest.mark.parametrize("rule_name", ["backprop", "fa", "align_prop", *RECURRENT_OPTIONS])
+@pytest.mark.parametrize("rule_name", ["backprop", *RECURRENT_OPTIONS])
 def test_recurrent(rule_name, worker):
     network = randomise(networks.RecurrentNetwork(WIDTH, BATCH))
     sequences, targets = randn(BATCH, TIME), randn(BATCH, TIME)
     feedback = layer_feedback(network)
     name, theta0 = rule_name.split()[0], parameters(network)
-    rule = align_rules.RULES[name](network, **(RECURRENT_OPTIONS | {"fa": {"feedback": feedback}}).get(rule_name, {}))
+    settings = dict(RECURRENT_OPTIONS.get(rule_name, {}))
+    if name == "fa":
+        settings["feedback"] = feedback
+    rule = align_rules.RULES[name](network, **settings)
     move(network)
 
     output = rule(sequences)
