@@ -1,11 +1,13 @@
 """ImageNet: images in folders, what is done with bad ones, and one run in several processes."""
 
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,7 +163,7 @@ def test_an_unreadable_image_changes_nothing_for_the_others(thousand):
     whole, without = Training(task, RUN), Training(task, RUN)
     spoiled = os.fsdecode(task.splits["train"].paths[7])
     without.step(task.batches(RUN, "train", [np.array([3, 44, 5])], 0))
-    spoil(type(thousand)(spoiled))
+    spoil(Path(spoiled))
     whole.step(task.batches(RUN, "train", [np.array([3, 44, 7, 5])], 0))
     for ours, theirs in zip(whole.parameters().values(), without.parameters().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -172,6 +174,28 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_an_error(thousand):
         spoil(thousand / "train" / "blue" / name)
     with pytest.raises(UserError, match=r"2 of 1000 images cannot be read .*blue.*mend or delete"):
         list(Training(FolderTask(thousand, STRIDES, CPU, 0), RUN).steps())
+
+
+def test_a_run_that_fails_in_an_epoch_does_not_stop_the_others(thousand, tmp_path):
+    for name in ("0.jpg", "1.jpg"):
+        spoil(thousand / "train" / "blue" / name)
+    rules = ["last_layer", "backprop"]
+    done = script("train_imagenet.py", 1, *options(thousand, tmp_path / "outputs", "--rules", *rules))
+    assert done.returncode == 1
+    for rule in rules:
+        assert f"cnn-{rule}-width4-lr0.5-seed99-batch10: failed: 2 of 1000 images cannot be read" in done.stdout
+    assert done.stderr.count("\nfailed: ") == 2
+
+
+def test_batches_that_cannot_be_read_are_left_out(thousand):
+    """Of a batch of two without one, nothing is left that could be normalised."""
+    task = FolderTask(thousand, STRIDES, CPU, 0)
+    spoil(Path(os.fsdecode(task.splits["train"].paths[7])))
+    training = Training(task, RUN)
+    before = {name: parameter.clone() for name, parameter in training.parameters().items()}
+    outputs, targets, _ = training.step(task.batches(RUN, "train", [np.array([7, 3])], 0))
+    assert len(targets) == len(outputs) == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in training.parameters().items())
 
 
 def test_top_5_accuracy(folders):
@@ -354,6 +378,10 @@ def test_two_processes_equal_one_with_the_double_batch(folders, one_process, tmp
     assert done.stdout.count("# ImageNet") == 1  # only the first process speaks
 
 
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_another_number_of_them(folders, tmp_path):
     """Two processes with a batch each, killed after an epoch, and then one process with both."""
     apart, together = tmp_path / "apart", tmp_path / "together"
@@ -372,9 +400,9 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
     while len(list(apart.glob("imagenet/*/metrics.csv"))) < 2:
         time.sleep(0.05)
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *children(process.pid)):  # torchrun's processes do not end with it
+        os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert any(len(path.read_text().splitlines()) < 4 for path in apart.glob("imagenet/*/metrics.csv"))
 
     refused = script("train_imagenet.py", 1, *arguments)  # it would start anew, with one batch per step
     assert refused.returncode == 2
@@ -382,11 +410,16 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
     done = script("train_imagenet.py", 1, *arguments, "--batches-per-step", 2)
     assert done.returncode == 0, done.stderr
     assert_same_training(apart, together, ("backprop", "fa", "align_ada"))
-    config = next(apart.glob("imagenet/cnn-backprop-*/config.json")).read_text()
-    assert "2 processes" in config
+    sessions = [json.loads(path.read_text())["sessions"] for path in apart.glob("imagenet/*/config.json")]
+    (first, second) = max(sessions, key=len)  # of the run that was killed
+    assert "2 processes" in first["device"]
+    assert "processes" not in second["device"]
 
 
 def test_what_cannot_be_shared_out_is_said(folders, tmp_path, kmnist):
+    both = script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 2, "--sync-normalisation"))
+    assert both.returncode == 2
+    assert "leave out --batches-per-step" in both.stderr
     odd = script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 3), processes=2)
     assert odd.returncode != 0
     assert "--batches-per-step 3 is no multiple of the 2 processes" in odd.stderr

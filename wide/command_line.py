@@ -208,7 +208,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         add("--batches-per-step", type=positive_int, metavar="N", help=share.replace("100", "--batch-size"))
         add("--sync-normalisation", action="store_true", help=whole)
         add("--workers", type=epoch_number, metavar="N", help="that load images, per process (default: one per core)")
-        add("--profile", action="store_true", help="measure images per second of loading and training; train nothing")
+        add("--profile", action="store_true", help="train nothing; images per second of the grid's first run")
     add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
     add("--list", action="store_true", help="print the runs and their state; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")

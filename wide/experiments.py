@@ -23,7 +23,7 @@ from wide.processes import ALONE, Processes
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
 from wide.tables import Layout, Measured
 from wide.tasks import Task
-from wide.training import train, warm_up
+from wide.training import PREPARE, train, warm_up
 
 PAPER_SEED = 99
 FINISHED = ("done", "diverged")
@@ -162,9 +162,12 @@ def batches_of_a_step(batch_size: int, arguments: argparse.Namespace, processes:
     Raises:
         UserError: they cannot be shared out evenly.
     """
+    batches = getattr(arguments, "batches_per_step", None)
     if getattr(arguments, "sync_normalisation", False):
+        if batches is not None:
+            raise UserError("with --sync-normalisation a step is one batch; leave out --batches-per-step")
         return batch_size * processes, 1
-    batches = getattr(arguments, "batches_per_step", None) or processes
+    batches = batches or processes
     if batches % processes:
         raise UserError(f"--batches-per-step {batches} is no multiple of the {processes} processes; choose one that is")
     return batch_size, batches
@@ -175,7 +178,7 @@ def check_batches(folders: list[RunFolder], arguments: argparse.Namespace) -> No
 
     Else a run that goes on with another number of processes would silently start anew.
     """
-    if getattr(arguments, "batches_per_step", 0) is not None:
+    if getattr(arguments, "batches_per_step", 0) is not None or arguments.sync_normalisation:
         return
     for folder in folders:
         for other in folder.begun_with_other_batches():
@@ -267,6 +270,7 @@ def train_missing(
     missing = [folder for folder in folders if folder.status(epochs) not in FINISHED]
     if not missing:
         return []
+    processes.send(PREPARE)
     task, failures = subject.task(arguments, device), []
     _check(task, folders, missing, arguments.outputs / subject.dataset)
     if experiment.keep:

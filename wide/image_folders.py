@@ -167,6 +167,8 @@ class FolderTask(ClassificationTask):
         for images, labels, unreadable in self.loader(run, split, indices, epoch):
             if unreadable:
                 self.notice(split, unreadable)
+                if len(images) == 1:  # which cannot be normalised over the batch
+                    images, labels = images[:0], labels[:0]
             on_device = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield self.prepared(on_device[0]), on_device[1]
 

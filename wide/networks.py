@@ -128,8 +128,8 @@ class BatchNormalisation(nn.Module):
 
     def _over_processes(self, flat: Tensor) -> Tensor:
         full = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        count = self.sum(full.new_tensor(float(len(full))))
-        centred = full - self.sum(full.sum(0)) / count
+        *sums, count = self.sum(torch.cat([full.sum(0), full.new_tensor([float(len(full))])])).tensor_split([-1])
+        centred = full - sums[0] / count
         variance = self.sum(centred.square().sum(0)) / count
         return (centred * (variance + self.epsilon).rsqrt()).to(flat.dtype)
 

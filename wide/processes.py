@@ -19,12 +19,11 @@ class Processes:
     Attributes:
         rank: 0 for the first.
         count: how many there are; 1 without torchrun.
-        local_rank, local_count: the same among those on this machine.
         working_now: whether the first is in `working`, or an error has ended it there.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0, local_count: int = 1):
-        self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+    def __init__(self, rank: int = 0, count: int = 1):
+        self.rank, self.count = rank, count
         self.working_now = False
 
     @property
@@ -40,7 +39,7 @@ class Processes:
     def working(self, message: object):
         """Send a message, and do what it asks of the other processes together with them."""
         self.send(message)
-        self.working_now = True
+        self.working_now = self.count > 1
         yield
         self.working_now = False
 
@@ -95,21 +94,19 @@ class _Sum(torch.autograd.Function):
 @contextlib.contextmanager
 def joined(device: torch.device):
     """The processes that torchrun has started, connected for as long as the context lasts; else this one alone."""
-    environment = {name: int(os.environ.get(name, value)) for name, value in _TORCHRUN.items()}
-    if environment["WORLD_SIZE"] == 1:
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Processes(*environment.values())
-    distributed.destroy_process_group()  # not after an error: other processes may wait for this one, or it for them
+    processes = Processes(int(os.environ["RANK"]), count)
+    yield processes
+    if not processes.working_now:  # after an error others may wait for this one; torchrun ends them when it ends
+        distributed.destroy_process_group()
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", _TORCHRUN["LOCAL_RANK"]))
-
-
-# What torchrun tells each process, and what holds without it.
-_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    """The number of this process on its machine, as torchrun tells it."""
+    return int(os.environ.get("LOCAL_RANK", 0))

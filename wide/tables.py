@@ -243,11 +243,14 @@ def settings_text(runs: list[Run]) -> str:
         "optimizer": "{}",
         "learning_rate": "lr {:g}",
         "batch_size": "batch {}",
+        "batches": "{} batches per step",
         "data_limit": "first {} images",
         "seed": "seed {}",
         "precision": "{}",
     }
     common = {name: values.pop() for name in texts if len(values := {getattr(run, name) for run in runs}) == 1}
+    if common.get("batches") == 1:
+        del common["batches"]
     return ", ".join(texts[name].format(value) for name, value in common.items() if value is not None)
 
 

@@ -35,12 +35,6 @@ class PublishedAdam(torch.optim.Adam):
 
     epsilon = 1e-8
 
-    def shares(self, order: np.ndarray) -> list[list[np.ndarray]]:
-        """For every step of an epoch in this order, the batches, or parts of them, that are this process' share."""
-        batches = self._batches(order)
-        whole = len(batches) // self.run.batches * self.run.batches
-        return [self._mine(step) for step in batches[:whole].reshape(-1, self.run.batches, batches.shape[1])]
-
     def step(self, closure=None):
         for group in self.param_groups:
             taken = max((int(self.state[p]["step"]) for p in group["params"] if self.state[p]), default=0)
@@ -165,6 +159,8 @@ class Training:
         made = []
         self.optimizer.zero_grad(set_to_none=True)
         for inputs, targets in batches:
+            if not len(targets) and not self.split_batches:  # none of its images could be read
+                continue
             with self._autocast():
                 outputs = self.rule(inputs)
             outputs = _full(outputs)
@@ -173,6 +169,8 @@ class Training:
             made.append((outputs.detach(), targets, loss.detach()))
         if not alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
+        if not made:
+            made = [(inputs.new_empty(0), targets, inputs.new_empty(()))]
         if measure_angles:
             self._measure_angles(inputs, targets)
         self.optimizer.step()
@@ -187,7 +185,7 @@ class Training:
         total = torch.tensor(float(examples), device=self.task.device)
         self.processes.add_up([*gradients, total])
         for gradient in gradients:
-            gradient /= total
+            gradient /= total.clamp(min=1)
 
     def _measure_angles(self, inputs: Tensor, targets: Tensor) -> None:
         """Of the gradients at hand, made from this batch."""
@@ -214,7 +212,8 @@ class Training:
         for inputs, targets in self.task.batches(self.run, split, self._mine(self._batches(order)), self.epoch):
             with self._autocast():
                 outputs = self.rule(inputs)
-            measured.add(self.task.measures(_full(outputs), targets), len(targets))
+            if len(targets):
+                measured.add(self.task.measures(_full(outputs), targets), len(targets))
         return measured.values(self.processes)
 
     def train_epoch(self) -> dict[str, float]:
@@ -230,7 +229,8 @@ class Training:
         for outputs, targets, _ in tqdm(
             self.steps(), f"epoch {self.epoch + 1}", total, leave=False, disable=hidden, position=2
         ):
-            measured.add(self.task.measures(outputs, targets), len(targets))
+            if len(targets):
+                measured.add(self.task.measures(outputs, targets), len(targets))
         seconds = self.clock() - start - self.aside
         metrics = {f"train_{name}": value for name, value in measured.values(self.processes).items()}
         for evaluation in self.task.evaluations:
@@ -358,12 +358,18 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the first process tells the others to train with it: a run from a checkpoint's state up to an epoch."""
+    """What the first process tells the others to train with it: a run from a checkpoint's state up to an epoch.
+
+    Before any, PREPARE tells them to read the data, while it does so itself.
+    """
 
     run: Run
     fingerprint: str
     epochs: int
     state: bytes
+
+
+PREPARE = "prepare"
 
 
 def follow(processes: Processes, make_task: Callable[[], Task]) -> None:
@@ -375,6 +381,8 @@ def follow(processes: Processes, make_task: Callable[[], Task]) -> None:
     task = None
     while (work := processes.receive()) is not None:
         task = task or make_task()
+        if work == PREPARE:
+            continue
         if task.fingerprint != work.fingerprint:
             raise UserError(f"process {processes.rank} finds the data {task.fingerprint}, the first {work.fingerprint}")
         training = Training(task, work.run, processes)
