@@ -52,12 +52,17 @@ the mode, train or eval, of the same module in the current network, and draws th
 Frozen parameters (requires_grad False) do not learn; errors go through their layers as through the others. Learned
 weights that a rule cannot follow raise TypeError: when the rule is made, for fused modules (LSTM, MultiheadAttention),
 transposed convolutions, Bilinear, weights made from other parameters, and matrices that a module of your own holds; at
-the call, for learned tensors that multiply activities outside a layer. What a torch.autograd.Function of your own does
-inside is not seen. Backprop and AlignZero take any network as it is; LastLayer does if it is told what learns.
+the call, for learned tensors in matrix products outside a layer (products entry by entry, such as gains, are
+differentiated as they stand). What a torch.autograd.Function of your own does inside is not seen. Backprop and
+AlignZero take any network as it is; LastLayer does if it is told what learns.
+
+"Activation function" means one of ACTIVATIONS below; others are differentiated as they stand and end no block. Forward
+hooks of the network run in the initial network of AlignAda and AlignZero too.
 
 `gradient_angles` and `feedback_angles` measure how far a rule is from backprop, layer by layer.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -99,13 +104,15 @@ PRODUCTS = {
 }
 NOT_MULTIPLIED = ("bias", "attn_mask")  # named arguments of these that are added
 
-# Functions that may take a layer's weight beside an activity: they look up rows of it, or read its type or shape.
-HARMLESS = {"embedding", "embedding_bag", "to", "type_as", "expand_as", "view_as", "reshape_as"}
+# Functions that may take a layer's weight beside an activity: they look up rows of it (and those are activities), or
+# read its type or shape.
+LOOKUPS = {"embedding", "embedding_bag"}
+HARMLESS = LOOKUPS | {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 ACTIVATIONS = {
     F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
-    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold,
-    F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.tanh, torch.tanh, Tensor.tanh,
+    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold, torch.selu, torch.celu,
+    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh,
 }  # fmt: skip
 
 # The same functions where they change their argument, and where the others take `inplace`: torch hands it on by name,
@@ -164,7 +171,7 @@ class _Broadcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        error = gradient.flatten(1)  # (batch, outputs)
+        error = gradient.reshape(len(gradient), -1)  # (batch, outputs)
         sent = [_project(error, B, shape).to(dtype) for B, (shape, dtype) in zip(ctx.feedback, ctx.like, strict=True)]
         return gradient, None, *sent
 
@@ -196,6 +203,9 @@ def _transpose(linear_map: Callable, options: Mapping[str, Any], weight: Tensor,
     gradients = {F.conv1d: nn.grad.conv1d_input, F.conv2d: nn.grad.conv2d_input, F.conv3d: nn.grad.conv3d_input}
     if linear_map is F.linear:
         return lambda error: error @ weight.to(error.dtype)
+    if len(shape) < weight.dim():  # one example, without a batch
+        batched = _transpose(linear_map, options, weight, torch.Size((1, *shape)))
+        return lambda error: batched(error.unsqueeze(0)).squeeze(0)
     if isinstance(options.get("padding"), str):
         return _transpose_padded(linear_map, options, weight, shape)
     return lambda error: gradients[linear_map](shape, weight.to(error.dtype), error.contiguous(), **options)
@@ -333,7 +343,7 @@ class _Pass(TorchFunctionMode):
         sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
         multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
         learned = [source for source in multiplied if source.parameter is not None]
-        if None not in sources:
+        if None not in sources and function.__name__ not in LOOKUPS:
             self.refuse(learned[1:], function)
             self.derive(function, arguments, keywords, sources, results)
         elif any(tensor.requires_grad for tensor in results):
@@ -363,7 +373,7 @@ class _Pass(TorchFunctionMode):
 
     def derive(self, function, arguments, keywords, sources: list[_Source], results: list[Tensor]) -> None:
         learned = [source for source in sources if source.parameter is not None]
-        source = max(learned, key=lambda learned: learned.layer, default=_Source())
+        source = max(learned, key=lambda source: source.layer, default=_Source())
         stand_ins = [None] * len(results)
         if any(source.stand_in is not None for source in sources):
             # In place this would write into the network's own tensor.
@@ -437,12 +447,17 @@ def _matrices(module: nn.Module) -> list[str]:
     """Names of the learned parameters of a module itself that may be matrices and are no layer's weight."""
     known = ("weight", "bias") if isinstance(module, LAYERS + OTHERS) else ()
     own = module.named_parameters(recurse=False)
-    return [name for name, p in own if name not in known and p.requires_grad and _is_matrix(p)]
+    suspect = _is_matrix if not _of_torch(module) else lambda p: p.dim() > 1
+    return [name for name, p in own if name not in known and p.requires_grad and suspect(p)]
+
+
+def _of_torch(module: nn.Module) -> bool:
+    lists = isinstance(module, nn.ParameterList | nn.ParameterDict)
+    return type(module).__module__.startswith("torch.nn.") and not lists
 
 
 def _misplaced(module: nn.Module, own: str, full: str) -> str:
-    lists = isinstance(module, nn.ParameterList | nn.ParameterDict)
-    if type(module).__module__.startswith("torch.nn.") and not lists:
+    if _of_torch(module):
         return (
             f"is a {type(module).__name__}, whose {own} this rule does not follow; use torch.nn.Linear or Conv layers "
             "(for a transposed convolution, torch.nn.Upsample and a Conv layer)"
@@ -492,11 +507,31 @@ class Rule(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+        self.examined = False  # by the first call
 
     def forward(self, *inputs, **keywords) -> Tensor:
         if not torch.is_grad_enabled():
             return self.network(*inputs, **keywords)
-        return self.attached(*inputs, **keywords)
+        output = self.attached(*inputs, **keywords)
+        if not self.examined and not torch.compiler.is_compiling():
+            self.examine(output)
+            self.examined = True
+        return output
+
+    def examine(self, output) -> None:
+        """Raise TypeError for what shows only in the graph behind the first output."""
+        nodes, seen = [tensor.grad_fn for tensor in _tensors_in((output,))], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise TypeError(
+                    "the network checkpoints activations (torch.utils.checkpoint): it runs again in the backward pass, "
+                    f"where this rule cannot follow it; switch that off ({ANYTHING})"
+                )
+            nodes.extend(following for following, _ in node.next_functions)
 
     def attached(self, *inputs, **keywords) -> Tensor:
         """The network's output with the rule's gradient."""
@@ -512,6 +547,9 @@ class Backprop(Rule):
 
     def attached(self, *inputs, **keywords) -> Tensor:
         return self.network(*inputs, **keywords)
+
+    def examine(self, output) -> None:
+        pass  # whatever it is
 
 
 class LastLayer(Rule):
@@ -531,15 +569,19 @@ class LastLayer(Rule):
         if learns is None:
             _require_layers(network, remedy="or name what learns: learns=(...)")
             learns = [list(layer_weights(network))[-1].removesuffix("weight").removesuffix(".")]
-        names = [name for name, _ in network.named_parameters()]
-        self.learns = tuple(name for name in names if any(_within(name, place) for place in learns))
+        names = dict(network.named_parameters(remove_duplicate=False))  # a shared one by each of its names
         for place in learns:
             if not any(_within(name, place) for name in names):
                 raise ValueError(f"the network has no parameter {place!r}; it has {', '.join(names)}")
+        learning = {id(p) for name, p in names.items() if any(_within(name, place) for place in learns)}
+        self.learns = tuple(name for name, p in network.named_parameters() if id(p) in learning)
 
     def attached(self, *inputs, **keywords) -> Tensor:
         frozen = {name: p.detach() for name, p in self.network.named_parameters() if name not in self.learns}
         return functional_call(self.network, frozen, inputs, keywords)
+
+    def examine(self, output) -> None:
+        pass  # nothing below the readout learns
 
 
 class FeedbackAlignment(Rule):
@@ -642,8 +684,10 @@ class DirectFeedbackAlignment(Rule):
         # e does not go back to the inputs either; a gradient there would make them a block.
         inputs, keywords = _detached(inputs), _detached(keywords)
         with (blocks := _DirectPass(self.network)):
-            output = self.network(*inputs, **keywords)
-        if blocks.landed_last:
+            output = _one_tensor(self.network(*inputs, **keywords))
+        if not output.dim():
+            raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
+        if not output.requires_grad:
             raise ValueError(
                 "the network ends in an activation function, behind which its last layer would not see its own error; "
                 "apply that function outside the network"
@@ -690,10 +734,10 @@ class _DirectPass(_Pass):
     def __init__(self, network: nn.Module):
         super().__init__(network)
         self.activities: list[Tensor] = []
-        self.landed_last = False
 
     def activation(self, function, arguments, keywords):
-        if not arguments[0].requires_grad:
+        # Behind no layer: an activation function of a parameter is part of the block that uses it.
+        if not arguments[0].requires_grad or self.find(arguments[0]) is not None:
             return function(*arguments, **keywords)
         activate, argument = _out_of_place(function, arguments, keywords)
         landed = self.land(activate(argument))
@@ -702,14 +746,12 @@ class _DirectPass(_Pass):
     def layer(self, linear_map, options, source):
         if options["input"].requires_grad:
             options["input"] = self.land(options["input"])
-        self.landed_last = False
         output = linear_map(**options)
         # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
         return output if output.requires_grad else output.detach().requires_grad_()
 
     def land(self, activity: Tensor) -> Tensor:
         self.activities.append(activity)
-        self.landed_last = True
         return activity.detach()
 
 
@@ -729,14 +771,40 @@ class _FromInitial(Rule):
         self.live = tuple(live)
         _require_parameters(network, self.live)
 
-    def follow_mode(self) -> None:
-        """Put every module of the initial network into the mode, train or eval, of the same one in the network."""
+    def prepare_initial(self) -> None:
+        """Put every module of the initial network into the mode, train or eval, of the same one in the network.
+
+        And freeze it again, where `rule.requires_grad_()` was meant for the network.
+        """
+        for parameter in self.initial.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.requires_grad_(False)
         for module, current in zip(self.initial.modules(), self.network.modules(), strict=True):
             if module.training != current.training:
                 module.training = current.training
 
     def feedback_weights(self) -> dict[str, Tensor]:
         return layer_weights(self.initial)
+
+
+class _CopiedPass(TorchFunctionMode):
+    """A run of the initial network that must not use the current one's parameters, but for live ones."""
+
+    def __init__(self, network: nn.Module, live: Iterable[str]):
+        super().__init__()
+        self.foreign = {id(parameter) for name, parameter in network.named_parameters() if name not in live}
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        _require_copied((arguments, keywords or {}), self.foreign)
+        return function(*arguments, **(keywords or {}))
+
+
+def _require_copied(values, foreign: set[int]) -> None:
+    if any(isinstance(tensor, nn.Parameter) and id(tensor) in foreign for tensor in _tensors_in(values)):
+        raise TypeError(
+            "the copy of the network uses the original's parameters, because a function that it holds refers to the "
+            "original (a lambda or a replaced `forward`); refer to modules through self"
+        )
 
 
 class AlignZero(_FromInitial):
@@ -748,20 +816,21 @@ class AlignZero(_FromInitial):
     def attached(self, *inputs, **keywords) -> Tensor:
         repeat = _Repeat(self.network)
         with torch.no_grad():
-            output = self.network(*inputs, **keywords)
+            output = _one_tensor(self.network(*inputs, **keywords))
         with repeat:
             return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
 
     def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
         """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
-        self.follow_mode()
+        self.prepare_initial()
         initial = dict(self.initial.named_parameters())
         routed = {
             name: parameter if name in self.live else swap_grad(initial[name], parameter)
             for name, parameter in target.named_parameters()
             if parameter.requires_grad
         }
-        return functional_call(self.initial, routed, inputs, keywords)
+        with contextlib.nullcontext() if self.examined else _CopiedPass(target, self.live):
+            return functional_call(self.initial, routed, inputs, keywords)
 
 
 class AlignAda(_FromInitial):
@@ -798,10 +867,10 @@ class AlignAda(_FromInitial):
             raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
 
     def attached(self, *inputs, **keywords) -> Tensor:
-        self.follow_mode()
+        self.prepare_initial()
         repeat = _Repeat(self.network)
         with (current := _CurrentPass(self.network)):
-            output = self.network(*inputs, **keywords)
+            output = _one_tensor(self.network(*inputs, **keywords))
         # Live values reach the current network with their gradient; a second way to them would count it twice.
         live = {name: self.network.get_parameter(name).detach() for name in self.live}
         with repeat, (initial := _InitialPass(self, current.calls)):
@@ -811,14 +880,27 @@ class AlignAda(_FromInitial):
 
 
 class _Activity(NamedTuple):
-    """What a tensor remembers if it came out of an activation function: tensor = function(argument)."""
+    """What a tensor remembers if it came out of an activation function: tensor = function(argument).
+
+    `argument` shares its content with the tensor that the network has, but not what becomes of that one's gradient if
+    the network changes it in place afterwards. `versions` are those of argument and tensor when they were made, by
+    which such changes show.
+    """
 
     argument: Tensor
     function: Callable[[Tensor], Tensor]
+    versions: tuple[int, int]
 
 
 def _activity(tensor: Tensor) -> _Activity | None:
-    return getattr(tensor, "_activity", None)
+    """Where the tensor came from; None if it has been changed since."""
+    activity = getattr(tensor, "_activity", None)
+    return activity if activity is not None and activity.versions[1] == _version(tensor) else None
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes of a tensor's content in place; a compiled graph has no such count, and sees them by name."""
+    return 0 if torch.compiler.is_compiling() else tensor._version
 
 
 class _ActivityPass(_Pass):
@@ -829,15 +911,17 @@ class _ActivityPass(_Pass):
         result = activate(argument)
         if argument is not arguments[0]:
             result = arguments[0].copy_(result)
-        result._activity = _Activity(argument, activate)
+        argument = swap_grad(argument, argument)
+        result._activity = _Activity(argument, activate, (_version(argument), _version(result)))
         return result
 
     def other(self, function, arguments, keywords):
         result = function(*arguments, **keywords)
         if function in RESHAPES and result is not arguments[0] and (activity := _activity(arguments[0])):
-            inner = activity.function
-            result._activity = _Activity(activity.argument, lambda t: function(inner(t), *arguments[1:], **keywords))
-        elif _in_place(function) and _activity(arguments[0]):
+            inner, versions = activity.function, (activity.versions[0], _version(result))
+            reshaped = lambda tensor: function(inner(tensor), *arguments[1:], **keywords)  # noqa: E731
+            result._activity = _Activity(activity.argument, reshaped, versions)
+        elif (_in_place(function) or keywords.get("inplace")) and _activity(arguments[0]):
             arguments[0]._activity = None  # it is no longer what came out of the activation function
         return result
 
@@ -867,9 +951,16 @@ class _CurrentPass(_ActivityPass):
 class _InitialPass(_ActivityPass):
     """Couples the input of every layer of the initial network with that of the same call in the current network."""
 
+    remedy = "AlignAda needs a network whose order of calls does not depend on its parameters"
+
     def __init__(self, rule: AlignAda, calls: list[_Call]):
         super().__init__(rule.initial)
         self.rule, self.calls, self.made = rule, calls, 0
+        self.foreign = {id(parameter) for parameter in rule.network.parameters()}
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        _require_copied((arguments, keywords or {}), self.foreign)
+        return super().__torch_function__(function, types, arguments, keywords)
 
     def layer(self, linear_map, options, source):
         call, name = self.calls[self.made] if self.made < len(self.calls) else None, source.parameter
@@ -885,14 +976,17 @@ class _InitialPass(_ActivityPass):
         if self.rule.coupling == "activity" or readout or call.activity is None:
             return couple(layer_input, call.layer_input)
         activity = _activity(layer_input)
+        if activity is None or activity.versions[0] != _version(activity.argument):
+            raise RuntimeError(
+                f"the argument of the activation function in front of {call.name} is changed in place before that "
+                "layer is called, but AlignAda still needs it; write the change out of place (x = x + y for x += y)"
+            )
         return activity.function(couple(activity.argument, call.activity.argument))
 
     def finish(self) -> None:
         if self.made != len(self.calls):
             missed = self.calls[self.made].name
             raise RuntimeError(f"the current network calls {missed} where the initial one does not: {self.remedy}")
-
-    remedy = "AlignAda needs a network whose order of calls does not depend on its parameters"
 
 
 RULES: dict[str, type[Rule]] = {
@@ -1028,6 +1122,12 @@ def _tensors_in(values) -> list[Tensor]:
 def _detached(values):
     """The same values, with every tensor in them cut from its graph."""
     return _map_tensors(Tensor.detach, values)
+
+
+def _one_tensor(output) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the network returns a {type(output).__name__}, but this rule needs one tensor")
+    return output
 
 
 def _within(name: str, place: str) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from running import ROOT
 from test_align_rules import RECURRENT_OPTIONS, assert_close, copy_parameters, gradients, move
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 import align_rules
@@ -438,7 +439,182 @@ def test_in_place_changes_reach_the_skip(name):
     gradients(rule, network, inputs)
 
 
+def add_in_place(tensor: Tensor, other, changes: bool) -> Tensor:
+    return tensor.add_(other) if changes else tensor + other
+
+
+def activated_then_dropped(net, inputs, changes):
+    torch.manual_seed(3)
+    return net.two(F.dropout(F.silu(net.one(inputs), inplace=changes), 0.5, inplace=changes))
+
+
+def rectified_then_added(net, inputs, changes):
+    x = net.one(inputs)
+    return add_in_place(x, net.two(F.relu(x)), changes)
+
+
+def argument_changed_afterwards(net, inputs, changes):
+    x = net.one(inputs)
+    activity = F.relu(x)
+    y = net.two(activity)
+    return y * add_in_place(x, 1, changes).mean()
+
+
+def changed_through_a_view(net, inputs, changes):
+    activity = F.gelu(net.one(inputs))
+    if changes:
+        activity.view(5, 2, 3).mul_(2)
+        return net.two(activity)
+    return net.two((activity.view(5, 2, 3) * 2).view(5, 6))
+
+
+class Changing(nn.Module):
+    def __init__(self, body, changes: bool):
+        super().__init__()
+        self.body, self.changes = body, changes
+        self.one, self.two, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(F.elu(self.body(self, inputs, self.changes)))
+
+
+@each_rule
+@pytest.mark.parametrize(
+    "body", [activated_then_dropped, rectified_then_added, argument_changed_afterwards, changed_through_a_view]
+)
+def test_changes_in_place_change_no_gradient(name, body):
+    made = []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        network = Changing(body, changes).double()
+        rule = align_rules.RULES[name](network)
+        move(network)
+        inputs = torch.randn(5, 6).double()
+        torch.manual_seed(1)  # direct feedback is drawn at the first call
+        made.append(gradients(rule, network, inputs))
+    assert_close(made[1], made[0])
+
+
+def test_an_argument_changed_too_early_is_told():
+    def body(net, inputs, changes):
+        x = net.one(inputs)
+        activity = F.relu(x)
+        x.add_(1)
+        return net.two(activity)
+
+    rule = align_rules.AlignAda(Changing(body, True))
+    with pytest.raises(RuntimeError, match=r"in front of two.weight is changed in place .*x = x \+ y"):
+        rule(torch.randn(5, 6))
+
+
 # ------------------------------------------------------------------------------------------------ what users do to them
+
+
+@pytest.mark.parametrize("name", ["align_ada", "align_zero"])
+def test_a_copy_that_runs_the_original_is_told(name):
+    """A closure is not copied: without a check AlignZero would be backprop."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    forward = network.forward
+    network.forward = lambda inputs: forward(inputs)
+    with pytest.raises(TypeError, match="uses the original's parameters"):
+        align_rules.RULES[name](network)(torch.randn(5, 6))
+
+
+@each_layerwise
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointed_activations_are_told(name):
+    class Checkpointed(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            first, *rest = self
+            return rest[-1](checkpoint(nn.Sequential(*rest[:-1]), first(inputs), use_reentrant=True))
+
+    network = Checkpointed(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(TypeError, match="checkpoints activations"):
+        align_rules.RULES[name](network)(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("name", ["align_ada", "align_zero"])
+def test_the_initial_network_never_learns(name):
+    network, inputs = residual(), torch.randn(IMAGES)
+    rule = align_rules.RULES[name](network)
+    before = copy.deepcopy(rule.initial.state_dict())
+    rule.requires_grad_(True)  # as gradual unfreezing does
+    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+    rule(inputs).square().mean().backward()
+    optimizer.step()
+    for key, parameter in rule.initial.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+class Gated(nn.Module):
+    """A learned gate behind an activation function of a parameter, and a gated head, called last."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.gate = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        activity = F.relu(self.one(inputs)) * torch.sigmoid(self.scale)
+        return self.two(activity) * torch.sigmoid(self.gate(activity))
+
+
+@each_rule
+def test_gates(name):
+    rule, inputs = align_rules.RULES[name](Gated()), torch.randn(5, 6)
+    assert torch.equal(rule(inputs), rule.network(inputs))
+    made = gradients(rule, rule.network, inputs)
+    if name != "last_layer":
+        assert all(gradient.any() for gradient in made)
+
+
+@each_rule
+def test_one_number_per_example(name):
+    network, inputs = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0)), torch.randn(5, 6)
+    rule = align_rules.RULES[name](network)
+    assert rule(inputs).shape == (5,)
+    assert gradients(rule, network, inputs)[2].any()
+
+
+@pytest.mark.parametrize("name", ["dfa", "align_ada", "align_zero"])
+def test_several_outputs_are_refused(name):
+    class Named(nn.Linear):
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(inputs)}
+
+    with pytest.raises(TypeError, match="returns a dict, but this rule needs one tensor"):
+        align_rules.RULES[name](Named(6, 3))(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("name", ["fa", "align_prop"])
+def test_one_image_without_a_batch(name):
+    network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding="same")).double()
+    rule, image = align_rules.RULES[name](network), torch.randn(2, 5, 5).double()
+    for alone, batched in zip(gradients(rule, network, image), gradients(rule, network, image[None]), strict=True):
+        torch.testing.assert_close(alone, batched)
+
+
+class Words(nn.Module):
+    """Starts from a word of its own; the readout shares the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden, self.readout = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.readout.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        start = self.words(torch.zeros(len(words), dtype=torch.int64))
+        return self.readout(F.gelu(self.hidden(self.words(words) + start)))
+
+
+@each_rule
+def test_a_shared_weight_has_each_of_its_names(name):
+    network, words = Words(), torch.randint(7, (5,))
+    rule = align_rules.RULES[name](network)
+    learned = gradients(rule, network, words)
+    assert learned[0].any()
+    assert (learned[1] is None) == (name == "last_layer")
 
 
 @each_rule
