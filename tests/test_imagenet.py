@@ -404,6 +404,8 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
+    listed = script("train_imagenet.py", 1, *arguments, "--list")
+    assert "note: cnn-backprop-width4-lr0.5-seed99-batch10x2-fp64 was begun" in listed.stdout
     refused = script("train_imagenet.py", 1, *arguments)  # it would start anew, with one batch per step
     assert refused.returncode == 2
     assert "go on with --batches-per-step 2" in refused.stderr

@@ -149,6 +149,16 @@ def test_diverged_runs_are_marked(kind):
     assert (set(marks), notes) == ({"^"}, 1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
+def test_figures_of_diverged_runs_alone(kind):
+    layout, measured = LAYOUTS[kind]
+    grid = [summary(rule, limit=n, status="diverged") for rule in ("backprop", "fa") for n in (45, None)]
+    file = io.BytesIO()
+    draw_figure(file, "title", make_table(layout, grid, measured), {}, 45000)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
 def test_curves_show_every_metric_at_every_epoch_averaged_over_seeds():
     grid = [summary(seed=1, validation=0.4), summary(seed=2, validation=0.8)]
     figure = KINDS["curves"](make_table(Layout(), grid, ACCURACY), {}, 45000)

@@ -12,7 +12,7 @@ import torch
 
 from align_rules import RULES
 from wide import UserError
-from wide.experiments import Experiment, Subject, check_batches, plan, print_list, train_missing
+from wide.experiments import Experiment, Subject, check_batches, note_other_batches, plan, print_list, train_missing
 from wide.processes import Processes, joined
 from wide.report import report
 from wide.runs import RunFolder
@@ -98,6 +98,8 @@ def lead(
     processes: Processes,
 ) -> list[tuple[RunFolder, str]]:
     """What the first process, or the only one, does of `carry_out`."""
+    if subject.from_disk:
+        note_other_batches(mine)
     if arguments.list:
         print_list(mine, experiment.epochs)
         return []

@@ -181,12 +181,20 @@ def check_batches(folders: list[RunFolder], arguments: argparse.Namespace) -> No
     if getattr(arguments, "batches_per_step", 0) is not None or arguments.sync_normalisation:
         return
     for folder in folders:
-        for other in folder.begun_with_other_batches():
+        others = [o for o in folder.begun_with_other_batches() if o.batch_size == folder.run.batch_size]
+        for other in others:
             raise UserError(
                 f"{other.name} was begun with {other.batches} batches per step, but here are {folder.run.batches}, one "
                 f"per process; go on with --batches-per-step {other.batches}, or start anew with "
                 f"--batches-per-step {folder.run.batches}"
             )
+
+
+def note_other_batches(folders: list[RunFolder]) -> None:
+    """Say which runs were begun with other batches and would be left alone, where runs may move between processes."""
+    for folder in folders:
+        for other in folder.begun_with_other_batches():
+            print(f"note: {other.name} was begun; this command makes {folder.run.name}", flush=True)
 
 
 def print_list(folders: list[RunFolder], epochs: int) -> None:

@@ -108,15 +108,17 @@ def curves(table: Table, references, examples: int):
     ]
     figure, panels = _panels(len(places))
     for panel, (section, column, k, metric) in zip(panels, places, strict=True):
-        rows = table.sections[section]
+        rows, last = table.sections[section], 1
         for number, (rule, cells) in enumerate(rows.items()):
             _mark_diverged(panel, rule, [1], cells[k : k + 1], aside=_aside(number, len(rows)))
             if not cells[k].histories:
                 continue
             epochs = zip(*(history[metric] for history in cells[k].histories), strict=True)
             means = [_scaled(table, statistics.fmean(values)) for values in epochs]
+            last = max(last, len(means))
             style = STYLES[rule] | {"markevery": max(len(means) // 8, 1), "markersize": 5}
             panel.plot(range(1, len(means) + 1), means, label=RULE_NAMES[rule], **style)
+        panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
         panel.set_ylabel(table.measured.label(metric))
         panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))

@@ -56,7 +56,7 @@ class Run:
     @property
     def name(self) -> str:
         words = [self.network, self.rule, f"width{self.width}", f"lr{self.learning_rate:g}", f"seed{self.seed}"]
-        words.append(f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else ""))
+        words.append(self.batches_name)
         if self.data_limit is not None:
             words.append(f"images{self.data_limit}")
         unusual = {"sgd", "ntk", None, "fp32"}
@@ -68,6 +68,10 @@ class Run:
         if self.timed_on is not None:
             words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
+
+    @property
+    def batches_name(self) -> str:
+        return f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else "")
 
 
 _USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
@@ -164,17 +168,17 @@ class RunFolder:
         return f"{failed}at epoch {trained}" if trained or failed else "missing"
 
     def begun_with_other_batches(self) -> "list[Run]":
-        """Runs that differ from this one in the number of batches per step alone, where this one was not begun."""
+        """Runs that differ from this one in the size or number of a step's batches alone, where this was not begun."""
         if self.path.exists():
             return []
-        one = dataclasses.replace(self.run, batches=1)
-        size = f"batch{self.run.batch_size}"
-        found = [one] if self.path.with_name(one.name).exists() else []
-        for path in self.path.parent.glob(one.name.replace(size, f"{size}x*", 1)):
-            batches = path.name.partition(f"{size}x")[2].partition("-")[0]
-            if batches.isdigit():
-                found.append(dataclasses.replace(self.run, batches=int(batches)))
-        return found
+        before, _, after = self.run.name.partition(self.run.batches_name)
+        pattern = re.compile(re.escape(before) + r"batch(\d+)(?:x(\d+))?" + re.escape(after))
+        found = [pattern.fullmatch(path.name) for path in sorted(self.path.parent.glob(f"{before}batch*{after}"))]
+        return [
+            dataclasses.replace(self.run, batch_size=int(match[1]), batches=int(match[2] or 1))
+            for match in found
+            if match
+        ]
 
     # --- writing
 
