@@ -418,6 +418,16 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
     assert "processes" not in second["device"]
 
 
+def test_a_process_without_readable_images_takes_part_in_the_step(thousand, tmp_path):
+    spoil(thousand / "train" / "blue" / "0.jpg")  # what is left of its batch of two cannot be normalised
+    for processes, place in ((1, tmp_path / "1"), (2, tmp_path / "2")):
+        rules = ["--rules", "backprop", "--precision", "fp64", "--batch-size", 2, "--batches-per-step", 2]
+        done = script("train_imagenet.py", 1, *options(thousand, place, *rules), processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert rows(place, "backprop")[0]["unreadable"] == "1"
+    assert_same_training(tmp_path / "2", tmp_path / "1", ["backprop"])
+
+
 def test_what_cannot_be_shared_out_is_said(folders, tmp_path, kmnist):
     both = script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 2, "--sync-normalisation"))
     assert both.returncode == 2

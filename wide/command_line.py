@@ -13,7 +13,7 @@ import torch
 from align_rules import RULES
 from wide import UserError
 from wide.experiments import Experiment, Subject, check_batches, note_other_batches, plan, print_list, train_missing
-from wide.processes import Processes, joined
+from wide.processes import Processes, join, leave
 from wide.report import report
 from wide.runs import RunFolder
 from wide.tables import Summary
@@ -31,13 +31,20 @@ def main(
     """
     parser = build_parser(description, subject, experiments)
     arguments = parse(parser, experiments, argv)
+    return leave(exit_status(parser.prog, subject, experiments, arguments))
+
+
+def exit_status(
+    program: str, subject: Subject, experiments: Mapping[int, Experiment], arguments: argparse.Namespace
+) -> int:
+    """Carry out a command, and say in a line what went wrong."""
     try:
         failures = carry_out(subject, experiments, arguments)
     except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     for folder, reason in failures:
         print(f"failed: {folder.run.name}: {reason}", file=sys.stderr)
@@ -62,30 +69,30 @@ def carry_out(
     experiment = dataclasses.replace(experiment, title=f"{subject.title}: {experiment.title}")
     device = choose_device(arguments.device)
     precision = choose_precision(arguments.precision, device)
-    with joined(device) as processes:
-        if processes.count > 1 and not subject.from_disk:
-            raise UserError("a run is trained by one process here; started several times, the command shares out runs")
-        if experiment.log_alignment and (processes.count > 1 or (getattr(arguments, "batches_per_step", 0) or 1) > 1):
-            raise UserError("--log-alignment needs one process and one batch per step")
+    processes = join(device)
+    if processes.count > 1 and not subject.from_disk:
+        raise UserError("a run is trained by one process here; started several times, the command shares out runs")
+    if experiment.log_alignment and (processes.count > 1 or (getattr(arguments, "batches_per_step", 0) or 1) > 1):
+        raise UserError("--log-alignment needs one process and one batch per step")
 
-        def folders(grid: Experiment) -> list[RunFolder]:
-            runs = plan(subject, grid, arguments, precision, device_name(device), processes.count)
-            return [RunFolder(arguments.outputs, run) for run in runs]
+    def folders(grid: Experiment) -> list[RunFolder]:
+        runs = plan(subject, grid, arguments, precision, device_name(device), processes.count)
+        return [RunFolder(arguments.outputs, run) for run in runs]
 
-        if getattr(arguments, "profile", False):
-            from wide.throughput import profile  # torchvision takes seconds to import
+    if getattr(arguments, "profile", False):
+        from wide.throughput import profile  # torchvision takes seconds to import
 
-            profile(subject.task(arguments, device), folders(experiment)[0].run, processes)
-            return []
-        if not processes.first:
-            follow(processes, lambda: subject.task(arguments, device))
-            return []
-        try:
-            mine = folders(experiment)
-            others = folders(beside(experiments, experiment)) if experiment.beside else []
-            return lead(subject, experiment, mine, others, arguments, device, processes)
-        finally:
-            processes.dismiss()
+        profile(subject.task(arguments, device), folders(experiment)[0].run, processes)
+        return []
+    if not processes.first:
+        follow(processes, lambda: subject.task(arguments, device))
+        return []
+    try:
+        mine = folders(experiment)
+        others = folders(beside(experiments, experiment)) if experiment.beside else []
+        return lead(subject, experiment, mine, others, arguments, device, processes)
+    finally:
+        processes.dismiss()
 
 
 def lead(

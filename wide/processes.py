@@ -7,6 +7,7 @@ after every backward pass, whatever the learning rule.
 
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as distributed
@@ -47,6 +48,7 @@ class Processes:
         """Tell the other processes to end, where they listen: those that an error left at work torchrun stops."""
         if not self.working_now:
             self.send(None)
+            self.gather(None)  # none leaves before all have heard
 
     def receive(self) -> object:
         """What the first process sends next."""
@@ -91,20 +93,27 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(None, gradient)
 
 
-@contextlib.contextmanager
-def joined(device: torch.device):
-    """The processes that torchrun has started, connected for as long as the context lasts; else this one alone."""
+def join(device: torch.device) -> Processes:
+    """The processes that torchrun has started, connected until they `leave`; else this one alone."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield ALONE
-        return
+        return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    processes = Processes(int(os.environ["RANK"]), count)
-    yield processes
-    if not processes.working_now:  # after an error others may wait for this one; torchrun ends them when it ends
-        distributed.destroy_process_group()
+    return Processes(int(os.environ["RANK"]), count)
+
+
+def leave(status: int) -> int:
+    """The exit status; but where several processes train together, end this one with it at once.
+
+    What is left to do at exit, in threads of the connection, has been seen to abort the process when all was done.
+    """
+    if distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def local_rank() -> int:

@@ -131,6 +131,7 @@ class Training:
         With several processes, those of this one.
         """
         self.rule.train()
+        self.angles, self.aside = [], 0.0
         steps = self.shares(self.stream.permutation(self.task.size(self.run, "train")))
         loaded = self.task.batches(self.run, "train", [part for step in steps for part in step], self.epoch)
         for number, step in enumerate(steps, start=1):
@@ -171,7 +172,7 @@ class Training:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
         if not made:
             made = [(inputs.new_empty(0), targets, inputs.new_empty(()))]
-        if measure_angles:
+        if measure_angles and len(targets):
             self._measure_angles(inputs, targets)
         self.optimizer.step()
         if len(made) == 1:
@@ -181,7 +182,11 @@ class Training:
 
     def _average_gradients(self, examples: int) -> None:
         """Make means over the examples of all processes of gradients that are sums over those of this one."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = []
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
+            if parameter.grad is None:  # all processes must add up the same, also one without readable images
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         total = torch.tensor(float(examples), device=self.task.device)
         self.processes.add_up([*gradients, total])
         for gradient in gradients:
@@ -343,7 +348,7 @@ def train(
                 row = training.train_epoch()
                 finite = math.isfinite(row["train_loss"])
                 folder.append(row)
-                if log_alignment:
+                if training.angles:
                     folder.append_angles(training.angles)
                 if training.epoch in keep:
                     folder.save_parameters(training.epoch, training.parameters())
@@ -389,6 +394,7 @@ def follow(processes: Processes, make_task: Callable[[], Task]) -> None:
         training.restore(torch.load(io.BytesIO(work.state), map_location=task.device, weights_only=True))
         while training.epoch < work.epochs and math.isfinite(training.train_epoch()["train_loss"]):
             pass
+    processes.gather(None)  # see Processes.dismiss
 
 
 def _packed(state: dict) -> bytes:
