@@ -46,7 +46,9 @@ class Processes:
 
     def dismiss(self) -> None:
         """Tell the other processes to end, where they listen: those that an error left at work torchrun stops."""
-        if not self.working_now:
+        if self.working_now:
+            return
+        with contextlib.suppress(RuntimeError):  # one has ended already, with an error of its own
             self.send(None)
             self.gather(None)  # none leaves before all have heard
 
