@@ -61,9 +61,8 @@ class Images(Dataset):
         # As arrays: a list of a million strings would be copied into every worker, bit by bit, as it is read.
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
         self.labels = np.array([label for _, label in found.samples])
-        for label in sorted(set(range(len(self.classes))) - set(self.labels.tolist())):
-            empty = folder / self.classes[label]
-            endings = ", ".join(IMG_EXTENSIONS)
+        if absent := set(range(len(self.classes))) - set(self.labels.tolist()):
+            empty, endings = folder / self.classes[min(absent)], ", ".join(IMG_EXTENSIONS)
             raise UserError(f"{empty} holds no images ({endings}); put them there or delete the folder, in val/ too")
 
     def __len__(self) -> int:
@@ -166,7 +165,7 @@ class FolderTask(ClassificationTask):
     def batches(self, run: Run, split: str, indices: list[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, unreadable in self.loader(run, split, indices, epoch):
             if unreadable:
-                self.notice(split, unreadable)
+                self.notice(unreadable)
                 if len(images) == 1:  # which cannot be normalised over the batch
                     images, labels = images[:0], labels[:0]
             on_device = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -176,7 +175,7 @@ class FolderTask(ClassificationTask):
         mean, deviation = self.scale
         return (inputs / 255 - mean) / deviation
 
-    def notice(self, split: str, paths: list[str]) -> None:
+    def notice(self, paths: list[str]) -> None:
         """Name images that cannot be read; UserError where they are too many."""
         self.unreadable |= set(paths)
         for path in sorted(set(paths) - self.named):
