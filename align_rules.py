@@ -5,23 +5,26 @@
     loss.backward()                               # fills .grad by the rule; any torch optimiser steps
 
 The rules are those of Boopathy & Fiete, "How to Train Your Wide Neural Network Without Backprop: An Input-Weight
-Alignment Perspective" (ICML 2022, arXiv 2106.08453), and the ones it compares with. This file imports torch only and
-can be copied alone into another project.
+Alignment Perspective" (ICML 2022, arXiv 2106.08453), the ones it compares with, and their nearest relatives. This file
+imports torch only and can be copied alone into another project.
 
 Principle. A *layer* is a call of a linear map with a weight of torch.nn.Linear, torch.nn.Conv1d, 2d, 3d or a subclass.
 Everything else a network is made of (biases, normalisation, activations, pooling, additions, products of activities,
 reshaping) is differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the
 layer's input through the transpose of its current weight; a rule sends something else there. That, and which activity
 the layer's own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at
-the output of the network, W the current weight, W0 the initial one, B a fixed random one, a the input activity of the
-layer, and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4
-of the paper):
+the output of the network, W the current weight, W0 the initial one, B a random one, a the input activity of the layer,
+and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4 of the
+paper):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
     LastLayer                none                                     e a^T, readout only    -
     FeedbackAlignment        B^T delta                                delta a^T              B, like the weights
     AlignProp                W0^T delta                               delta a^T              W0
+    SignSymmetry             (M o sign W)^T delta                     delta a^T              M, like the weights
+    KolenPollack             B^T delta, and B learns: dB = delta a^T  delta a^T              B, like the weights
+    WeightMirror             B^T delta, and B is estimated from noise delta a^T              B, like the weights
     DirectFeedbackAlignment  B^T e, at the block's activity           delta a^T              B, outputs x activities
     AlignAda                 W0^T delta0 (delta0: initial network)    delta a^T              the initial network
     AlignZero                W0^T delta0                              delta0 a0^T            the initial network
@@ -32,10 +35,10 @@ Blocks. A block is a layer with all that follows it up to the next layers, on ev
 inputs goes back through the block's own derivatives, to its bias and normalisation, and becomes the layer's delta.
 
 - AlignAda: the error enters at the argument of the activation function directly in front of the next layer if there is
-  one, with nothing but reshaping and padding between (so that the initial network's derivative of the activation is
-  used, as published), else at the layer's input; at the readout, which is the layer called last, always at its input.
-  `coupling="activity"` puts it at the layer's input everywhere, which is how the paper defines the rule for recurrent
-  networks. Activation functions with parameters (PReLU) count as part of the block, and learn.
+  one, with nothing between but functions that rearrange, copy or pad entries (so that the initial network's derivative
+  of the activation is used, as published), else at the layer's input; at the readout, which is the layer called last,
+  always at its input. `coupling="activity"` puts it at the layer's input everywhere, which is how the paper defines the
+  rule for recurrent networks. Activation functions with parameters (PReLU) count as part of the block, and learn.
 - DirectFeedbackAlignment: a block ends at the output of the first activation function after the layer, or at the input
   of the next layer if none comes before it. e enters there, and nothing flows back past such a place.
 
@@ -47,93 +50,58 @@ passes (in AlignZero: the initial network's; in DirectFeedbackAlignment: as far 
 
 Normalisation. Running statistics are updated once per step, by the current network. The initial network of AlignAda and
 AlignZero has running statistics of its own, updated by its own activities in the same steps. Every module of it is in
-the mode, train or eval, of the same module in the current network, and draws the same dropout masks.
+the mode, train or eval, of the same module in the current network, draws the same random numbers (from torch's, NumPy's
+and Python's generators and those that modules hold), and starts each call from the same state: what modules keep
+between calls, as spiking neurons do, in attributes and in buffers other than running statistics, is copied from the
+current network.
 
-Frozen parameters (requires_grad False) do not learn; errors go through their layers as through the others. Learned
-weights that a rule cannot follow raise TypeError: when the rule is made, for fused modules (LSTM, MultiheadAttention),
-transposed convolutions, Bilinear, weights made from other parameters, and matrices that a module of your own holds; at
-the call, for learned tensors in matrix products outside a layer (products entry by entry, such as gains, are
-differentiated as they stand). What a torch.autograd.Function of your own does inside is not seen. Backprop and
-AlignZero take any network as it is; LastLayer does if it is told what learns.
+Frozen parameters (requires_grad False) do not learn; errors go through their layers as through the others. A layer
+whose weights are zero gets feedback of zero by default (B is drawn with the deviation that W has), and so do the
+Align rules' and the sign's: nothing goes back through it until other feedback is given.
+
+A rule is right or raises. Learned weights that it cannot follow raise TypeError: when the rule is made, for fused
+modules (LSTM, MultiheadAttention), transposed convolutions, Bilinear, weights made from other parameters, complex
+weights, and matrices that a module of your own holds; at the call, for learned tensors in matrix products outside a
+layer (products entry by entry, such as gains, are differentiated as they stand), and for weights that reach the output
+past the calls that were followed (activation checkpointing, scripted functions, a torch.autograd.Function of your own,
+functional transforms). A torch.autograd.Function of activities is differentiated as it stands, as a whole. Backprop
+takes any network as it is, AlignZero any that can be copied, and LastLayer does if it is told what learns. A loss term
+that the network keeps beside its output (`loss + network.penalty`) follows its own errors in the rules that send errors
+back layer by layer; in DirectFeedbackAlignment, AlignAda and AlignZero, which know no error but e, it raises
+RuntimeError in backward(). So does differentiating twice (gradient penalties): a rule's gradient is no gradient of
+anything; only Backprop allows it.
 
 "Activation function" means one of ACTIVATIONS below; others are differentiated as they stand and end no block. Forward
 hooks of the network run in the initial network of AlignAda and AlignZero too.
 
-`gradient_angles` and `feedback_angles` measure how far a rule is from backprop, layer by layer.
+`verify` checks a rule on your network, `gradient_angles` and `feedback_angles` measure how far it is from backprop.
 """
 
+import collections
 import contextlib
 import copy
+import dataclasses
+import functools
+import inspect
+import itertools
 import math
+import random
+import sys
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-# Modules that use weights inside one fused call, where a rule cannot reach the single layers.
-FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-# Modules whose `weight` and `bias` are no linear map of an activity: they look up, scale and shift.
-OTHERS = (
-    nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU,
-)  # fmt: skip
-
-LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-LINEAR_MAP_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-ANYTHING = "Backprop and AlignZero take any network as it is"  # what errors end with
-
-# Functions that multiply activities by each other or by a weight, by name, and which of their arguments multiply.
-PRODUCTS = {
-    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_tbc"), slice(0, 2)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), slice(0, 2)),
-    **dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm"), slice(1, 3)),
-    **dict.fromkeys(("bilinear", "scaled_dot_product_attention"), slice(0, 3)),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__", "__rmatmul__"), slice(None)),
-    **dict.fromkeys(("einsum", "tensordot", "chain_matmul", "linalg_multi_dot", "linalg_matmul"), slice(None)),
-    **dict.fromkeys(("linalg_vecdot", "cdist", "multi_head_attention_forward"), slice(None)),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), slice(None)),
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), slice(None)),
-}
-NOT_MULTIPLIED = ("bias", "attn_mask")  # named arguments of these that are added
-
-# Functions that may take a layer's weight beside an activity: they look up rows of it (and those are activities), or
-# read its type or shape.
-LOOKUPS = {"embedding", "embedding_bag"}
-HARMLESS = LOOKUPS | {"to", "type_as", "expand_as", "view_as", "reshape_as"}
-
-ACTIVATIONS = {
-    F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
-    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold, torch.selu, torch.celu,
-    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh,
-}  # fmt: skip
-
-# The same functions where they change their argument, and where the others take `inplace`: torch hands it on by name,
-# but torch.compile as it was given.
-IN_PLACE = {
-    torch.relu_: torch.relu, Tensor.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, Tensor.sigmoid_: torch.sigmoid,
-    torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
-    F.selu_: F.selu, F.hardtanh_: F.hardtanh, F.threshold_: F.threshold,
-}  # fmt: skip
-INPLACE_POSITION = {
-    F.relu: 1, F.relu6: 1, F.selu: 1, F.silu: 1, F.mish: 1, F.hardswish: 1, F.hardsigmoid: 1,
-    F.leaky_relu: 2, F.elu: 2, F.celu: 2, F.hardtanh: 3, F.threshold: 3,
-}  # fmt: skip
-
-# Between an activation function and a layer these change nothing but shape and borders.
-RESHAPES = {
-    F.pad, torch.flatten, Tensor.flatten, torch.unflatten, Tensor.unflatten, torch.reshape, Tensor.reshape, Tensor.view,
-    torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, torch.movedim, Tensor.movedim,
-    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.contiguous,
-}  # fmt: skip
-
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint  # noqa: F401 - as torch.utils.checkpoint
 
 # ------------------------------------------------------------------------------------------------ gradient primitives
 
@@ -144,36 +112,9 @@ class _Couple(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: Tensor):
         return gradient, gradient
-
-
-class _Transport(torch.autograd.Function):
-    """The value `output`, with gradient to it and, through `transpose`, to the layer's input."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, layer_input: Tensor, transpose: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.transpose, ctx.dtype = transpose, layer_input.dtype
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, ctx.transpose(gradient).to(ctx.dtype), None
-
-
-class _Broadcast(torch.autograd.Function):
-    """The network's output, with its gradient e sent straight to `activities`, through one feedback weight each."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, feedback: list[Tensor], *activities: Tensor) -> Tensor:
-        ctx.feedback, ctx.like = feedback, [(activity.shape, activity.dtype) for activity in activities]
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        error = gradient.reshape(len(gradient), -1)  # (batch, outputs)
-        sent = [_project(error, B, shape).to(dtype) for B, (shape, dtype) in zip(ctx.feedback, ctx.like, strict=True)]
-        return gradient, None, *sent
 
 
 def couple(value: Tensor, path: Tensor) -> Tensor:
@@ -189,211 +130,818 @@ def swap_grad(value: Tensor, path: Tensor) -> Tensor:
     return _Couple.apply(value.detach(), path)
 
 
-def _project(error: Tensor, feedback: Tensor, shape: torch.Size) -> Tensor:
-    """e B for one block: (batch, outputs) onto `shape`; feedback is (outputs, *shape[1:]), or (outputs, channels)."""
-    sent = (error @ feedback.flatten(1).to(error.dtype)).unflatten(1, feedback.shape[1:])
-    if feedback.dim() < len(shape):  # feedback onto activities that are averaged over all positions
-        positions = shape[2:].numel()
-        sent = (sent / positions).reshape(*sent.shape, *[1] * len(shape[2:])).expand(shape)
-    return sent
+class _Transport(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, layer_input: Tensor, transpose: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.transpose, ctx.dtype = transpose, layer_input.dtype
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        sent = ctx.transpose(gradient)
+        return gradient, sent if sent.dtype == ctx.dtype else sent.to(ctx.dtype), None
 
 
-def _transpose(linear_map: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
-    """The function that sends an error at the output of `linear_map` to its input of `shape`, through `weight`."""
-    gradients = {F.conv1d: nn.grad.conv1d_input, F.conv2d: nn.grad.conv2d_input, F.conv3d: nn.grad.conv3d_input}
-    if linear_map is F.linear:
-        return lambda error: error @ weight.to(error.dtype)
-    if len(shape) < weight.dim():  # one example, without a batch
-        batched = _transpose(linear_map, options, weight, torch.Size((1, *shape)))
-        return lambda error: batched(error.unsqueeze(0)).squeeze(0)
-    if isinstance(options.get("padding"), str):
-        return _transpose_padded(linear_map, options, weight, shape)
-    return lambda error: gradients[linear_map](shape, weight.to(error.dtype), error.contiguous(), **options)
+def transport(output: Tensor, layer_input: Tensor, transpose: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value `output`; its gradient goes to `output`, and through `transpose` to the layer's input."""
+    return _Transport.apply(output, layer_input, transpose) if layer_input.requires_grad else output
 
 
-def _transpose_padded(linear_map: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
-    """`_transpose` for padding "same", whose odd pixel comes last (torch.nn.Conv2d), and "valid"."""
-    sizes, kernel, dilation = shape[-weight.dim() + 2 :], weight.shape[2:], options.get("dilation", 1)
-    dilation = (dilation,) * len(sizes) if isinstance(dilation, int) else dilation
-    same = options["padding"] == "same"
-    totals = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
-    padded = (*shape[: -len(sizes)], *(size + total for size, total in zip(sizes, totals, strict=True)))
-    transpose = _transpose(linear_map, {**options, "padding": 0}, weight, torch.Size(padded))
-    window = (..., *(slice(total // 2, total // 2 + size) for size, total in zip(sizes, totals, strict=True)))
-    return lambda error: transpose(error)[window]
+class _Substitute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], *receivers: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return None, None, *ctx.gradients(gradient)
 
 
-# ------------------------------------------------------------------------------------- following a network's own calls
+def substitute(output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], receivers: list[Tensor]) -> Tensor:
+    """The value `output`; its gradient e goes to the receivers, as `gradients(e)`, one for each."""
+    return _Substitute.apply(output.detach(), gradients, *receivers)
 
 
-def _in_place(function: Callable) -> bool:
-    name = function.__name__
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
-    return name.endswith("_")
+# ------------------------------------------------------------------------------------------------------------ the rules
 
 
-def _out_of_place(function: Callable, arguments: tuple, keywords: Mapping) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """An activation function with its settings, changing nothing, and its argument: a copy if the call would change it.
-
-    The rules still need the argument afterwards.
-    """
-    rest, keywords = list(arguments[1:]), dict(keywords)
-    position = INPLACE_POSITION.get(function, 0) - 1
-    changes = function in IN_PLACE or bool(keywords.pop("inplace", False))
-    if 0 <= position < len(rest):
-        changes = bool(rest[position])
-        rest[position] = False
-    activate = IN_PLACE.get(function, function)
-    return (lambda tensor: activate(tensor, *rest, **keywords)), arguments[0].clone() if changes else arguments[0]
-
-
-class _Source(NamedTuple):
-    """Where a tensor comes from that is made of the network's own tensors alone, and of no activity.
-
-    `parameter` is the name of the parameter that learns in it; None for fixed tensors, such as buffers. `layer`: it is
-    a layer's weight, and `stand_in` is what takes its place in the backward pass, where a rule wants that.
-    """
-
-    parameter: str | None = None
-    layer: bool = False
-    stand_in: Tensor | None = None
-
-
-class _Pass(TorchFunctionMode):
-    """One run of a network during which `layer` and `activation` stand in for its calls of linear maps and activations.
-
-    A layer's weight that the network scales, casts, reshapes or splits before use is followed, and so is its stand-in.
+class Rule(nn.Module):
+    """A network with a learning rule: called, it gives the network's own output; differentiated, the rule's gradient.
 
     Args:
-        network: the network that will run.
-        stand_ins: by the name of a layer's weight, the tensor that takes its place in the backward pass.
+        network: any torch.nn.Module that returns one tensor. It is not changed; its parameters are the ones that learn.
 
-    Raises:
-        TypeError: on the way, the network multiplies activities by a learned tensor that is no layer's weight, or uses
-            a layer's weight in another way than a linear map.
+    Where gradients are disabled (torch.no_grad) a rule just calls the network. `state_dict` holds what the rule keeps.
+    A rule can be compiled (torch.compile); call it once on a batch before.
     """
 
-    def __init__(self, network: nn.Module, stand_ins: Mapping[str, Tensor] | None = None):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.buffers = list(network.buffers())
-        self.sources = {id(buffer): _Source() for buffer in self.buffers}
-        for name, parameter in network.named_parameters():
-            self.sources[id(parameter)] = _Source(name if parameter.requires_grad else None)
-        for name, weight in layer_weights(network).items():
-            self.sources[id(weight)] = _Source(name, True, (stand_ins or {}).get(name))
-        self.refusal: str | None = None
+        self.network = network
+        self.known = _Known()  # what was found out about the network's calls
+        self.key = _registered(self)
 
-    def __exit__(self, kind, error, traceback):
-        super().__exit__(kind, error, traceback)
-        if self.refusal is not None and str(error) != self.refusal:
-            # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
-            raise TypeError(self.refusal) from error
+    def forward(self, *inputs, **keywords) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.network(*inputs, **keywords)
+        if torch.compiler.is_compiling():
+            return _compiled(self, inputs, keywords)
+        return self.attached(*inputs, **keywords)
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        keywords = dict(keywords or {})
-        if not arguments and "input" in keywords:
-            arguments = (keywords.pop("input"),)
-        if function in LINEAR_MAPS:
-            options = dict(zip(LINEAR_MAP_ARGUMENTS, arguments, strict=False)) | keywords
-            if (source := self.source_of_weight(options["weight"])).layer:
-                self.refuse([source] if self.is_layer_weight(options["input"]) else [], function)
-                return self.layer(function, options, source)
-        activation = function in ACTIVATIONS or function in IN_PLACE
-        result = (self.activation if activation else self.other)(function, arguments, keywords)
-        results = _tensors_in(arguments[:1] if function is Tensor.__setitem__ else (result,))
-        if results:
-            self.follow(function, arguments, keywords, results)
-        return result
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)  # of a deep copy, or from a pickle
+        self.key = _registered(self)
 
-    def layer(self, linear_map, options, source):
-        return linear_map(**options)
+    def attached(self, *inputs, **keywords) -> Tensor:
+        """The network's output with the rule's gradient."""
+        raise NotImplementedError
 
-    def activation(self, function, arguments, keywords):
-        return function(*arguments, **keywords)
+    def feedback_weights(self) -> dict[str, Tensor]:
+        """What stands in for the layers' weights when errors go back, by the weights' names; empty if nothing does."""
+        return {}
 
-    def other(self, function, arguments, keywords):
-        return function(*arguments, **keywords)
+    def become_backprop(self) -> None:
+        """Change the network's parameters to those at which the rule is backprop.
 
-    def find(self, tensor: Tensor) -> _Source | None:
-        source = self.own(tensor) or getattr(tensor, "_source", None)
-        fixed = source is None and tensor.dim() == 0 and not tensor.requires_grad
-        return _Source() if fixed else source
+        Raises:
+            ValueError: there are none for this rule.
+        """
+        raise ValueError(f"{type(self).__name__} is backprop at no parameters; nothing can be compared")
 
-    def own(self, tensor: Tensor) -> _Source | None:
-        """Of a parameter or buffer of the network; None for other tensors."""
-        if torch.compiler.is_compiling() and not isinstance(tensor, nn.Parameter):  # has an id only outside graphs
-            return _Source() if any(tensor is buffer for buffer in self.buffers) else None
-        return self.sources.get(id(tensor))
 
-    def is_layer_weight(self, tensor: Tensor) -> bool:
-        return (source := self.find(tensor)) is not None and source.layer
+class Backprop(Rule):
+    """Gradient descent as it is, for comparison: the error W^T delta."""
 
-    def source_of_weight(self, weight: Tensor) -> _Source:
-        source = self.find(weight)
-        if source is None and weight.requires_grad:
-            raise TypeError(
-                "the network makes the weight of a linear map from activities or in a torch.autograd.Function, where "
-                f"this rule cannot follow it; multiply activities with torch.matmul ({ANYTHING})"
+    def attached(self, *inputs, **keywords) -> Tensor:
+        return self.network(*inputs, **keywords)
+
+    def become_backprop(self) -> None:
+        pass  # it is
+
+
+class LastLayer(Rule):
+    """Only the readout learns, by e a^T; no graph is kept below it.
+
+    Args:
+        learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
+            A network whose layers cannot be followed needs them named.
+
+    Raises:
+        TypeError: as for FeedbackAlignment, where `learns` is not given.
+        ValueError: a name in `learns` is no parameter or module with parameters of the network.
+    """
+
+    def __init__(self, network: nn.Module, learns: Iterable[str] | None = None):
+        super().__init__(network)
+        if learns is None:
+            _require_layers(network, remedy="or name what learns: learns=(...)")
+            learns = [list(layer_weights(network))[-1].removesuffix("weight").removesuffix(".")]
+        names = dict(network.named_parameters(remove_duplicate=False))  # a shared one by each of its names
+        for place in learns:
+            if not any(_within(name, place) for name in names):
+                raise ValueError(f"the network has no parameter {place!r}; it has {', '.join(names)}")
+        learning = {id(p) for name, p in names.items() if any(_within(name, place) for place in learns)}
+        self.learns = tuple(name for name, p in network.named_parameters() if id(p) in learning)
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        learning = [p for name, p in self.network.named_parameters() if name in self.learns]
+        frozen = {id(p): _leaf(p) for name, p in self.network.named_parameters() if name not in self.learns}
+        with _holding(self.network, frozen), _Graphless(learning):
+            output = self.network(*inputs, **keywords)
+        # Where no parameter that learns was used, as for an output that does not depend on the readout.
+        return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
+
+
+class FeedbackAlignment(Rule):
+    """The error goes back through fixed random weights in place of the transposed ones (Lillicrap et al., 2016).
+
+        sent to the layer's input: B^T delta        dW = delta a^T
+
+    By hand: tests/test_updates_by_hand.py. With B = W it is backprop.
+
+    Args:
+        feedback: one tensor per layer weight, by the weight's name and of its shape. Default: drawn from a normal
+            distribution with the standard deviation that the weight has now (its size, for a single weight).
+        generator: for that draw.
+        added: names of parameters with two or more dimensions, held by modules of your own, that are added to
+            activities and do not multiply them: position embeddings, initial states. (Those whose first dimension is 1
+            need not be named.)
+
+    Raises:
+        TypeError: the network has no layers, or keeps weights where the rule cannot follow them (module docstring); at
+            a call, it multiplies activities by a learned tensor outside its layers, or uses weights unseen.
+        ValueError: `feedback` does not fit the weights of the network; an unknown name in `added`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        feedback: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
+    ):
+        super().__init__(network)
+        _require_layers(network, tuple(added))
+        weights = layer_weights(network)
+        if feedback is None:
+            feedback = {name: _normal_like(w, _spread(w), generator) for name, w in weights.items()}
+        self.feedback = self.kept([B.detach().clone() for B in _fitting(feedback, weights)])
+
+    def kept(self, feedback: list[Tensor]) -> nn.Module:
+        """The feedback weights, in the order of the layers', as the rule holds them."""
+        return _Buffers(feedback)
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        with _Pass(self, self.network, layer=self.layer, stand_ins=self.stand_ins()) as calls:
+            output = self.network(*inputs, **keywords)
+        calls.examine(output)
+        return output
+
+    def layer(self, call: "Call") -> Tensor:
+        return transport(call.output(call.input.detach()), call.input, call.transpose(call.stand_in))
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        """What errors of the call at hand go back through."""
+        return self.feedback_weights()
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return dict(zip(layer_weights(self.network), self.feedback, strict=True))
+
+    @torch.no_grad()
+    def become_backprop(self) -> None:
+        weights = layer_weights(self.network)
+        for name, feedback in self.feedback_weights().items():
+            weights[name].copy_(feedback)
+
+
+class AlignProp(FeedbackAlignment):
+    """Feedback alignment with the initial weights as feedback weights (section 4 of the paper).
+
+        sent to the layer's input: W0^T delta       dW = delta a^T
+
+    `added` and errors as for FeedbackAlignment. At the initial weights it is backprop.
+    """
+
+    def __init__(self, network: nn.Module, added: Iterable[str] = ()):
+        _require_plain(network)
+        super().__init__(network, layer_weights(network), added=added)
+
+
+class SignSymmetry(FeedbackAlignment):
+    """The error goes back through the signs of the current weights, with magnitudes M of their own.
+
+        sent to the layer's input: (M o sign W)^T delta        dW = delta a^T
+
+    (Liao, Leibo & Poggio, 2016; Moskovitz, Litwin-Kumar & Abbott, 2018.) Where |W| = M it is backprop.
+
+    Args:
+        variant: "uSF": M is one constant for each layer, sqrt(2/(fan_in + fan_out)), the fans as torch.nn.init counts
+            them; "frSF": M = |N(0, 1)| times that constant, drawn once; "brSF": drawn anew at every call that is
+            differentiated (not by looking at it, as `feedback_angles` does), from a seed and a count that are part of
+            the state.
+        magnitudes: M itself, one tensor >= 0 per layer weight, by its name and of its shape; for uSF and frSF.
+        exact: names of layers that send the exact error W^T delta (Xiao et al., 2019, let the readout).
+        generator: for M, or brSF's seed.
+        added: as for FeedbackAlignment.
+
+    Raises:
+        TypeError: as for FeedbackAlignment.
+        ValueError: an unknown variant or name; magnitudes that do not fit, are negative, or are given to brSF.
+    """
+
+    VARIANTS = ("uSF", "frSF", "brSF")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        variant: str = "uSF",
+        magnitudes: Mapping[str, Tensor] | None = None,
+        exact: Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
+    ):
+        chosen = {name.lower(): name for name in self.VARIANTS}.get(str(variant).lower())
+        if chosen is None:
+            raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, not {variant!r}")
+        if magnitudes is not None and chosen == "brSF":
+            raise ValueError("brSF draws its magnitudes at every call; give them to uSF or frSF")
+        _require_layers(network, added := tuple(added))
+        weights = layer_weights(network)
+        if magnitudes is None:
+            magnitudes = {name: _magnitudes(w, generator, draw=chosen != "uSF") for name, w in weights.items()}
+        elif any((M < 0).any() for M in magnitudes.values()):
+            raise ValueError("magnitudes must not be negative")
+        super().__init__(network, magnitudes, added=added)
+        self.variant, self.exact = chosen, _named_weights(network, exact)
+        if chosen == "brSF":
+            self.register_buffer("seed", _seed(generator))
+            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    def stand_ins(self) -> dict[str, Tensor]:
+        if self.variant == "brSF":
+            self._redraw()
+        return self.feedback_weights()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _redraw(self) -> None:
+        stream = torch.Generator().manual_seed(int(self.seed) + int(self.draws))
+        self.draws += 1
+        for M, weight in zip(self.feedback, layer_weights(self.network).values(), strict=True):
+            M.copy_(_magnitudes(weight, stream))
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        weights = {name: weight.detach() for name, weight in layer_weights(self.network).items()}
+        magnitudes = zip(weights.items(), self.feedback, strict=True)
+        return {name: weight if name in self.exact else M * weight.sign() for (name, weight), M in magnitudes}
+
+
+class KolenPollack(FeedbackAlignment):
+    """Feedback weights that learn from the same products as the weights (Kolen & Pollack, 1994; Akrout et al., 2019).
+
+        sent to the layer's input: B^T delta        dW = delta a^T = dB     (equations 16 and 17 of Akrout et al.)
+
+    B is a parameter of the rule, whose .grad backward() fills: give an optimiser `rule.parameters()`, not
+    `network.parameters()`. With weight decay, W - B shrinks by (1 - learning rate x decay) a step of SGD, so that the
+    rule becomes backprop; without weight decay W - B never shrinks. Momentum and Adam move both as they do W. A frozen
+    layer's B does not learn.
+
+    Args:
+        feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
+
+    Warns:
+        UserWarning: at a call, weights have changed since the last one and no B has: the optimiser lacks B.
+
+    Raises:
+        TypeError, ValueError: as for FeedbackAlignment.
+    """
+
+    def kept(self, feedback: list[Tensor]) -> nn.Module:
+        self.versions: tuple[int, int] | None = None
+        return nn.ParameterList(feedback)
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        self._require_learning()
+        return super().attached(*inputs, **keywords)
+
+    def layer(self, call: "Call") -> Tensor:
+        if call.learns:  # dB = dW, through whatever the network makes of the weight before it uses it
+            call.weight = couple(call.weight, call.stand_in)
+        return super().layer(call)
+
+    def _require_learning(self) -> None:
+        """Warn where the optimiser moves W and not B."""
+        weights = [weight for weight in layer_weights(self.network).values() if weight.requires_grad]
+        versions = sum(w._version for w in weights), sum(B._version for B in self.feedback)
+        if self.versions is not None and versions[0] != self.versions[0] and versions[1] == self.versions[1]:
+            warnings.warn(
+                "the weights have changed and their feedback weights have not: give the optimiser rule.parameters(), "
+                "not network.parameters(), or KolenPollack is feedback alignment",
+                stacklevel=5,
             )
-        return source or _Source()
+        self.versions = versions
 
-    def follow(self, function, arguments, keywords, results: list[Tensor]) -> None:
-        """Note where the results come from; refuse a use of learned tensors that the rule cannot follow."""
-        sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
-        multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
-        learned = [source for source in multiplied if source.parameter is not None]
-        if None not in sources and function.__name__ not in LOOKUPS:
-            self.refuse(learned[1:], function)
-            self.derive(function, arguments, keywords, sources, results)
-        elif any(tensor.requires_grad for tensor in results):
-            layers = [source for source in sources if source is not None and source.layer]
-            found = learned or (layers if function.__name__ not in HARMLESS else [])
-            self.refuse(found, function)
-        if None in sources and _in_place(function) and getattr(results[0], "_source", None) is not None:
-            results[0]._source = None  # an activity has come in
 
-    def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
-        """Where the tensors come from that the function multiplies, if it is a product."""
-        name = function.__name__ if function.__name__.startswith("_") else function.__name__.rstrip("_")
-        if name not in PRODUCTS:
-            return []
-        named = {key: value for key, value in keywords.items() if key not in NOT_MULTIPLIED}
-        return [self.find(tensor) for tensor in _tensors_in((arguments[PRODUCTS[name]], named))]
+class WeightMirror(FeedbackAlignment):
+    """Feedback weights that are estimated from noise, between the steps (Akrout et al., 2019, section 4.1).
 
-    def refuse(self, misused: list[_Source], function) -> None:
-        if misused:
-            used = f"{misused[0].parameter!r} in torch.{function.__name__.strip('_')}"
-            # An operator that is refused is tried once more with its sides exchanged: the first says more.
-            self.refusal = self.refusal or (
-                f"the network uses its parameter {used}, outside a torch.nn.Linear or Conv layer, where this rule "
-                f"cannot follow it; make it the weight of such a layer ({ANYTHING})"
+        sent to the layer's input: B^T delta        dW = delta a^T
+
+    `mirror(*inputs)`, between steps as often as you like, puts noise x ~ N(0, 1) into every layer by itself, in the
+    shapes that it has in a pass of `inputs`, and lets y = W x (no bias) and x meet: the mean of y x^T is W, times the
+    number of positions at which a convolution's tap lies inside of its input, by which it is divided.
+
+        B <- B + r (y x^T / positions - B),     r = max(rate, 1/number of the mirror step)
+
+    Args:
+        rate: of forgetting, since W moves.
+        feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
+
+    Raises:
+        TypeError, ValueError: as for FeedbackAlignment; ValueError for a rate outside of 0 < rate <= 1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rate: float = 0.01,
+        feedback: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
+    ):
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be above 0 and at most 1, not {rate}")
+        super().__init__(network, feedback, generator, added)
+        self.rate = rate
+        self.register_buffer("seed", _seed(generator))
+        self.register_buffer("mirrored", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def mirror(self, *inputs, **keywords) -> None:
+        """A mirror step. It changes B alone: no parameter, no buffer of the network, no generator's state.
+
+        Its noise follows from a seed and the number of the mirror step, which are part of the rule's state.
+
+        Args:
+            inputs, keywords: a batch, as for the network; its values matter only as far as they decide which layers are
+                called.
+        """
+        stream = torch.Generator().manual_seed(int(self.seed) + int(self.mirrored))
+        self.mirrored += 1
+        rate = max(self.rate, 1 / int(self.mirrored))
+        for B, estimate in zip(self.feedback, self._estimates(stream, inputs, keywords), strict=True):
+            if estimate is not None:  # the layer was called
+                B.lerp_(estimate.to(B.dtype), rate)
+
+    def _estimates(self, stream: torch.Generator, inputs, keywords) -> list[Tensor | None]:
+        weights = layer_weights(self.network)
+        # What the network makes of ones in the weight's place (scaling, for one) tells how often a product was counted.
+        ones = {name: torch.ones_like(weight, requires_grad=True) for name, weight in weights.items()}
+        sums = {name: [torch.zeros_like(weight) for _ in range(2)] for name, weight in weights.items()}
+
+        def layer(call: Call) -> Tensor:
+            for total, part in zip(sums[call.name], _noise_products(call, ones[call.name], stream), strict=True):
+                total += part
+            return call.output(call.input)
+
+        with torch.enable_grad(), _undisturbed(self.network), _Pass(self, self.network, layer, stand_ins=ones):
+            self.network(*inputs, **keywords)
+        return [products / positions if positions.any() else None for products, positions in sums.values()]
+
+
+def _noise_products(call: "Call", ones: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    """y x^T for noise x and y = W x at this call, and what its mean is W's multiple of; both like the parameter."""
+    used, weight = call.stand_in, call.weight.detach()  # made from `ones` as the weight is from the parameter
+    x = _normal_like(call.input, 1, stream)
+    y = call.linear(x, weight)
+    taps = used.detach().requires_grad_()
+    (products,) = torch.autograd.grad(call.linear(x, taps), taps, y)
+    (positions,) = torch.autograd.grad(call.linear(torch.ones_like(x), taps), taps, torch.ones_like(y))
+    # The first has the mean positions * W as used; both then go through what the network does to a weight.
+    return tuple(
+        torch.autograd.grad(used, ones, part, retain_graph=True)[0] for part in (products, positions * taps.detach())
+    )
+
+
+class DirectFeedbackAlignment(Rule):
+    """The error e at the output goes straight to every block through a fixed random weight (Nokland, 2016).
+
+        sent to the block's activity: B^T e         dW = delta a^T
+
+    A block is a layer with what follows it, up to and including the first activation function; without one, up to the
+    next layer. e lands on the block's activity and goes back to its parameters through the block's current derivatives.
+    It does not go back to the network's inputs.
+
+    Args:
+        feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
+            (outputs, channels) to project activities averaged over their positions. Default: drawn at the first call,
+            when their shapes are known, from a seed that is drawn when the rule is made and is part of its state;
+            normal with standard deviation 1/sqrt(entries of an activity).
+        pooled: draw the default feedback for activities averaged over their positions.
+        generator: for that seed.
+        added: as for FeedbackAlignment.
+
+    Raises:
+        TypeError: as for FeedbackAlignment; at a call, complex activities.
+        ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, or an
+            activity's first dimension is not the output's (the batch); an unknown name in `added`.
+        RuntimeError: in backward(), a loss reaches the network's parameters past its output.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        feedback: Iterable[Tensor] | None = None,
+        pooled: bool = False,
+        generator: torch.Generator | None = None,
+        added: Iterable[str] = (),
+    ):
+        super().__init__(network)
+        _require_layers(network, tuple(added))
+        self.pooled = pooled
+        self.feedback = _Buffers([] if feedback is None else [B.detach().clone() for B in feedback])
+        self.drawn = feedback is not None
+        if not self.drawn:
+            self.register_buffer("seed", _seed(generator))
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        inputs, keywords = _map_tensors(Tensor.detach, (inputs, keywords))  # data: e does not go back to them
+        ends: list[_End] = []
+        layer, activation = (functools.partial(handler, ends) for handler in (self.layer, self.activation))
+        with (blocks := _Private(self, self.network, layer, activation)):
+            output = _one_tensor(self.network(*inputs, **keywords))
+        blocks.examine(output)
+        if not output.dim():
+            raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
+        if not output.requires_grad:
+            raise ValueError(
+                "the network ends in an activation function, behind which its last layer would not see its own error; "
+                "apply that function outside the network"
             )
-            raise TypeError(self.refusal)
+        if not self.drawn:
+            self._draw(output, ends)
+        self._check(output, ends)
+        feedback = list(self.feedback)
 
-    def derive(self, function, arguments, keywords, sources: list[_Source], results: list[Tensor]) -> None:
-        learned = [source for source in sources if source.parameter is not None]
-        source = max(learned, key=lambda source: source.layer, default=_Source())
-        stand_ins = [None] * len(results)
-        if any(source.stand_in is not None for source in sources):
-            # In place this would write into the network's own tensor.
-            self.refuse([source] if _in_place(function) and sources[0].stand_in is None else [], function)
-            replaced = self.replaced(arguments)
-            with torch.no_grad():
-                returned = function(*replaced, **self.replaced(keywords))
-            stand_ins = _tensors_in((returned,)) or _tensors_in(replaced[:1])
-        for result, stand_in in zip(results, stand_ins, strict=True):
-            if self.own(result) is None:  # not a buffer that was changed in place
-                result._source = source._replace(stand_in=stand_in)
+        def errors(e: Tensor) -> list[Tensor]:
+            return [_project(_by_example(e), B, end) for B, end in zip(feedback, ends, strict=True)]
 
-    def replaced(self, value):
-        """The value, with its stand-in in the place of every layer's weight in it."""
+        return blocks.connected(output, [end.edge for end in ends], errors)
 
-        def replace(tensor: Tensor) -> Tensor:
-            stand_in = self.find(tensor).stand_in
-            return tensor if stand_in is None else stand_in
+    def activation(self, ends: list["_End"], call: "ActivationCall") -> Tensor:
+        if not call.behind_layer:  # of data, or of a parameter: part of the block that uses it
+            return call.network_result()
+        return call.returned(_landed(ends, call.output(call.argument)))
 
-        return _map_tensors(replace, value)
+    def layer(self, ends: list["_End"], call: "Call") -> Tensor:
+        if call.input.requires_grad:
+            call.input = _landed(ends, call.input)
+        output = call.output(call.input)
+        # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
+        return output if output.requires_grad else _with_graph(output)
+
+    def _draw(self, output: Tensor, ends: list["_End"]) -> None:
+        outputs, stream = output[0].numel(), torch.Generator().manual_seed(int(self.seed))
+        for end in ends:
+            shape = end.shape[1:2] if self.pooled else end.shape[1:]
+            empty = torch.empty(outputs, *shape, dtype=end.dtype, device=end.device)
+            self.feedback.append(_normal_like(empty, shape.numel() ** -0.5, stream))
+        self.drawn = True
+
+    def _check(self, output: Tensor, ends: list["_End"]) -> None:
+        outputs = output[0].numel()
+        if output.is_complex() or any(end.dtype.is_complex for end in ends):
+            raise TypeError("DirectFeedbackAlignment needs real activities; split complex ones into two")
+        if any(end.shape[0] != output.shape[0] for end in ends):
+            raise ValueError(
+                "DirectFeedbackAlignment needs activities whose first dimension is the output's, the batch"
+            )
+        shapes = [(outputs, *end.shape[1:]) for end in ends]
+        given = [tuple(B.shape) for B in self.feedback]
+        fits = [B in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=False)]
+        if len(given) != len(shapes) or not all(fits):
+            raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        # Weights drawn at the first call are not there yet when a checkpoint is loaded into a fresh rule.
+        stored = [name for name in state_dict if name.startswith(f"{prefix}feedback.")]
+        if not self.drawn and stored:
+            like = next(iter(layer_weights(self.network).values()))
+            for k in range(len(stored)):
+                self.feedback.append(like.new_empty(state_dict[f"{prefix}feedback.{k}"].shape))
+            self.drawn = True
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class _End(NamedTuple):
+    """Of a block: where its activity's gradient enters the graph."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _landed(ends: list[_End], activity: Tensor) -> Tensor:
+    """The activity, cut from the block that ends with it."""
+    ends.append(_End(_edge(activity), activity.shape, activity.dtype, activity.device))
+    return activity.detach()
+
+
+def _by_example(error: Tensor) -> Tensor:
+    return error.reshape(len(error), -1)  # (batch, outputs)
+
+
+def _project(error: Tensor, feedback: Tensor, end: _End) -> Tensor:
+    """B^T e for a block: (batch, outputs) onto its shape; feedback is (outputs, *shape[1:]), or (outputs, channels)."""
+    sent = (error @ feedback.flatten(1).to(error.dtype)).unflatten(1, feedback.shape[1:])
+    if feedback.dim() < len(end.shape):  # feedback onto activities that are averaged over all positions
+        positions = end.shape[2:].numel()
+        sent = (sent / positions).reshape(*sent.shape, *[1] * len(end.shape[2:])).expand(end.shape)
+    return sent.to(end.dtype)
+
+
+class _FromInitial(Rule):
+    """A rule that keeps the network as it was when the rule was made, in `initial`.
+
+    Args:
+        live: names of parameters that the initial network reads at their current value, because they are activities
+            and not weights: the learned initial state of a recurrent network.
+    """
+
+    def __init__(self, network: nn.Module, live: Iterable[str] = ()):
+        super().__init__(network)
+        _require_plain(network)
+        self.live = tuple(live)
+        _require_parameters(network, self.live)
+        self.initial = copied(network).requires_grad_(False)
+        self.initial.zero_grad()
+
+    def prepare_initial(self) -> None:
+        """Let the initial network start where the current one does: in each module's mode, and with its state.
+
+        And freeze it again, where `rule.requires_grad_()` was meant for the network.
+        """
+        for parameter in self.initial.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.requires_grad_(False)
+        _carry_state(self.network, self.initial)
+
+    def feedback_weights(self) -> dict[str, Tensor]:
+        return layer_weights(self.initial)
+
+    @torch.no_grad()
+    def become_backprop(self) -> None:
+        initial = dict(self.initial.named_parameters())
+        for name, parameter in self.network.named_parameters():
+            if name not in self.live:
+                parameter.copy_(initial[name])
+
+
+class AlignZero(_FromInitial):
+    """The gradient of the initial network at the current error: J(theta0)^T e, applied to the current parameters.
+
+        sent to the layer's input: W0^T delta0      dW = delta0 a0^T
+
+    output = sg(f) + f0 - sg(f0), and d(output)/d(theta0) is what theta gets. Takes any network that can be copied,
+    fused modules included. At the initial parameters it is backprop.
+
+    Raises:
+        TypeError: the network cannot be copied; at a call, it checkpoints activations, or its copy uses the original's
+            parameters.
+        ValueError: an unknown name in `live`.
+        RuntimeError: in backward(), a loss reaches the network's parameters past its output.
+    """
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        self.prepare_initial()
+        again = _Randomness(self.network)
+        output = _value(self.network, inputs, keywords)
+        with again:
+            return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
+
+    def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
+        """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
+        initial = dict(self.initial.named_parameters())
+        routed = {
+            id(initial[name]): parameter
+            if name in self.live
+            else _named_like(parameter, swap_grad(initial[name], parameter))
+            for name, parameter in target.named_parameters()
+            if parameter.requires_grad
+        }
+        with _holding(self.initial, routed), _CopiedPass(target, routed, self.live):
+            return self.initial(*inputs, **keywords)
+
+
+class AlignAda(_FromInitial):
+    """The initial network's error, paired with the current network's activities.
+
+        sent to the layer's input: W0^T delta0      dW = delta a^T
+
+    The current network is cut in front of every layer; the initial network's error there is handed to it:
+    delta0 = d(f0)/d(u) e, u the same place in the initial network. At the initial parameters it is backprop.
+
+    Args:
+        coupling: "preactivation" or "activity", where the error enters the current network (module docstring).
+        live: as for AlignZero.
+        uncoupled: names of layers whose input gets no error (the published recurrent rule leaves out its readout).
+        added: as for FeedbackAlignment; the names in `live` count as well.
+
+    Raises:
+        TypeError: as for FeedbackAlignment; the network cannot be copied; at a call, what came in front of a layer was
+            made where the rule cannot follow it.
+        ValueError: an unknown coupling or name.
+        RuntimeError: at a call, the initial network calls other functions than the current one; in backward(), a loss
+            reaches the network's parameters past its output.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        coupling: str = "preactivation",
+        live: Iterable[str] = (),
+        uncoupled: Iterable[str] = (),
+        added: Iterable[str] = (),
+    ):
+        live = tuple(live)
+        _require_layers(network, (*added, *live))
+        super().__init__(network, live)
+        if coupling not in ("preactivation", "activity"):
+            raise ValueError(f"coupling must be 'preactivation' or 'activity', not {coupling!r}")
+        self.coupling = coupling
+        self.uncoupled = _named_weights(network, uncoupled)
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        self.prepare_initial()
+        again = _Randomness(self.network)
+        current = _Private(self, self.network, layer=_cut, origins=self.coupling == "preactivation")
+        inputs, keywords = current.receiving((inputs, keywords))
+        with current:
+            output = _one_tensor(self.network(*inputs, **keywords))
+        current.examine(output)
+        places = self._places(current.calls)
+        inputs, keywords = _map_tensors(Tensor.detach, (inputs, keywords))
+        with again, (initial := _Replay(self, current, places)):
+            initial_output = self.initial(*inputs, **keywords)
+        initial.finish()
+        return current.connected(output, *initial.errors(initial_output))
+
+    def _places(self, calls: list["Call"]) -> list["Place | None"]:
+        """Where the error that the initial network has in front of each call of a layer enters the current one."""
+        readout = calls[-1].name if calls else None
+        return [
+            None
+            if call.name in self.uncoupled or not call.input.requires_grad
+            else Place(_edge(call.input))
+            if call.origin is None or call.name == readout
+            else Place(call.origin.edge, call.origin.steps)
+            for call in calls
+        ]
+
+
+def _cut(call: "Call") -> Tensor:
+    return call.output(call.input.detach())
+
+
+RULES: dict[str, type[Rule]] = {
+    "backprop": Backprop,
+    "last_layer": LastLayer,
+    "fa": FeedbackAlignment,
+    "dfa": DirectFeedbackAlignment,
+    "align_prop": AlignProp,
+    "align_ada": AlignAda,
+    "align_zero": AlignZero,
+    "sign_symmetry": SignSymmetry,
+    "kolen_pollack": KolenPollack,
+    "weight_mirror": WeightMirror,
+}
+
+
+# ------------------------------------------------------------------------------------------------ checks and alignment
+
+
+def verify(
+    rule: Rule,
+    loss_function: Callable[[Tensor], Tensor],
+    *inputs,
+    double: bool = False,
+    tolerance: float | None = None,
+    **keywords,
+) -> dict[str, float]:
+    """Check, on a copy of rule and network, that the rule is backprop where it should be: at the initial parameters for
+    AlignProp, AlignAda and AlignZero, at W = B for feedback alignment and its kin.
+
+    Nothing that belongs to the rule, the network or the generators of random numbers is changed.
+
+    Args:
+        loss_function: from the network's output to the loss, a scalar.
+        inputs, keywords: a batch, as for the rule.
+        double: compare in float64; floating-point inputs are cast, and constants of `loss_function` are yours to cast.
+        tolerance: of a gradient's difference, as a share of the largest entry of backprop's. Default: 1e-3 in single,
+            1e-8 in double precision, 0.1 below.
+
+    Returns:
+        That share, for every parameter that learns, by name.
+
+    Raises:
+        RuntimeError: the output or some gradients differ; it names the parameters.
+        ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment).
+    """
+    rule = copied(rule)
+    if double:
+        rule = rule.double()
+        inputs, keywords = _map_tensors(lambda t: t.double() if t.is_floating_point() else t, (inputs, keywords))
+    inputs, keywords = _map_tensors(lambda t: t.detach().clone(), (inputs, keywords))
+    rule.become_backprop()
+    reference = copied(rule.network)
+    found = []
+    with torch.enable_grad():
+        for function, network in ((reference, reference), (rule, rule.network)):
+            with _Randomness(rule.network):
+                output = function(*inputs, **keywords)
+            learning = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            with torch.autocast(_one_tensor(output).device.type, enabled=False):  # which is for forward passes
+                grads = torch.autograd.grad(loss_function(output), list(learning.values()), allow_unused=True)
+            found.append((output.detach(), dict(zip(learning, grads, strict=True))))
+    (output, expected), (own, gradients) = found
+    if not torch.equal(output, own):
+        raise RuntimeError("the rule's output is not the network's own")
+    shares = {name: _share(gradients[name], gradient) for name, gradient in expected.items()}
+    if tolerance is None:
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(output.dtype, 0.1)
+    if wrong := {name: share for name, share in shares.items() if not share <= tolerance}:
+        told = ", ".join(f"{name} by {share:.2g}" for name, share in wrong.items())
+        raise RuntimeError(
+            f"where the rule should be backprop, gradients differ from it (as shares of its own): {told}"
+        )
+    return shares
+
+
+def _share(gradient: Tensor | None, expected: Tensor | None) -> float:
+    """The largest difference, relative to the largest entry expected; a missing gradient is one of zeros."""
+    if gradient is None and expected is None:
+        return 0.0
+    gradient, expected = (g if g is not None else torch.zeros_like(expected if g is gradient else gradient)
+                          for g in (gradient, expected))  # fmt: skip
+    difference, largest = (t.abs().max().item() if t.numel() else 0.0 for t in (gradient - expected, expected))
+    # Below this a gradient is rounding, as for a bias in front of a normalisation.
+    return difference / max(largest, torch.finfo(expected.dtype).eps ** 0.5 * 1e-2)
+
+
+def gradient_angles(
+    rule: Rule, loss_function: Callable[[Tensor], Tensor], *inputs, **keywords
+) -> dict[str, float | None]:
+    """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
+
+    To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
+    autocast where the rule was. It changes neither .grad, parameters, buffers (running statistics) nor the state of the
+    generators of random numbers. Dropout draws masks other than the step's, unless that state is first put back to
+    what it was before the step.
+
+    Args:
+        loss_function: from the network's output to the loss, a scalar.
+
+    Returns:
+        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two gradients is missing or zero.
+    """
+    network, weights = rule.network, layer_weights(rule.network)
+    learning = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    with torch.enable_grad(), _undisturbed(network):
+        loss = loss_function(network(*inputs, **keywords))
+        with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
+            exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    exact = dict(zip(learning, exact, strict=True))
+    return {name: _angle(weight.grad, exact.get(name)) for name, weight in weights.items()}
+
+
+def feedback_angles(rule: Rule) -> dict[str, float | None]:
+    """Angles between the weights that errors go back through and the current ones, as they stand.
+
+    Errors go back through B in FeedbackAlignment and its kin, through M o sign W in SignSymmetry, and through the
+    initial weights in AlignProp, AlignAda and AlignZero.
+
+    Returns:
+        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two is zero. Empty for rules
+        without weights to compare (Backprop, LastLayer, DirectFeedbackAlignment).
+    """
+    weights = layer_weights(rule.network)
+    return {name: _angle(feedback, weights[name]) for name, feedback in rule.feedback_weights().items()}
+
+
+def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
+    """Between two tensors as vectors, in degrees; None where it is undefined."""
+    if one is None or other is None:
+        return None
+    one, other = one.detach().double().flatten(), other.detach().double().flatten()
+    if not one.any() or not other.any():
+        return None
+    one, other = one / one.norm(), other / other.norm()
+    # Exact for small angles too, unlike the arc cosine (Kahan, 2006, "How futile are mindless assessments").
+    return math.degrees(2 * math.atan2((one - other).norm().item(), (one + other).norm().item()))
 
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -405,6 +953,1531 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
             seen.add(id(weight))
             weights[f"{name}.weight".lstrip(".")] = weight
     return weights
+
+
+# --------------------------------------------------------------------------------------------------- feedback weights
+
+
+class _Buffers(nn.Module):
+    """A list of tensors that move and are saved with the module that holds them."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__()
+        for tensor in tensors:
+            self.append(tensor)
+
+    def append(self, tensor: Tensor) -> None:
+        self.register_buffer(str(len(self)), tensor)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self):
+        return iter(self._buffers.values())
+
+
+def _fitting(feedback: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """In the order of the weights.
+
+    Raises:
+        ValueError: other names or shapes than theirs.
+    """
+    expected = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if (given := {name: tuple(B.shape) for name, B in feedback.items()}) != expected:
+        raise ValueError(f"feedback weights must have the names and shapes {expected}, not {given}")
+    return [feedback[name] for name in weights]
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """The standard deviation of its entries; of a single one, which has none, its size."""
+    return weight.detach().std() if weight.numel() > 1 else weight.detach().abs().sum()
+
+
+def _seed(generator: torch.Generator | None) -> Tensor:
+    return torch.randint(2**62, (), generator=generator)
+
+
+def _normal_like(tensor: Tensor, std: float | Tensor, generator: torch.Generator | None) -> Tensor:
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+    return (drawn * float(std)).to(tensor.device)
+
+
+def _magnitudes(weight: Tensor, generator: torch.Generator | None, draw: bool = True) -> Tensor:
+    """M of sign-symmetry for a weight: a constant, or drawn with that constant as the deviation of its normal."""
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+    constant = math.sqrt(2 / (fan_in + fan_out))
+    if draw:
+        return _normal_like(weight, constant, generator).abs()
+    return torch.full_like(weight, constant, requires_grad=False)
+
+
+# --------------------------------------------------------------------------------- the engine: a network's calls, seen
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+
+ACTIVATIONS = {
+    F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
+    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold, torch.selu, torch.celu,
+    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh,
+}  # fmt: skip
+
+# The same functions where they change their argument. (The others do where they take `inplace`.)
+IN_PLACE = {
+    torch.relu_: torch.relu, Tensor.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, Tensor.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
+    F.selu_: F.selu, F.hardtanh_: F.hardtanh, F.threshold_: F.threshold,
+}  # fmt: skip
+
+
+class Call:
+    """A call of a layer, as a rule's `layer` handler sees it. The handler returns the layer's output.
+
+    `name` of the layer's weight; `input`; `weight`, as the network uses it; `stand_in`, what takes that one's place in
+    the backward pass; `learns`, whether the weight does; `origin`, the activation that the input came out of, if it is
+    followed and if there is one.
+    """
+
+    __slots__ = (
+        "function",
+        "input",
+        "keywords",
+        "layer",
+        "learns",
+        "name",
+        "node",
+        "origin",
+        "rest",
+        "stand_in",
+        "weight",
+    )
+
+    def __init__(self, function, arguments: tuple, keywords: Mapping, source: "_Source"):
+        if len(arguments) < 2:
+            keywords = dict(keywords)
+            arguments += tuple(keywords.pop(name) for name in ("input", "weight")[len(arguments) :])
+        self.function, self.keywords = function, keywords
+        self.input, self.weight, self.rest = arguments[0], arguments[1], arguments[2:]
+        self.name, self.layer, self.learns, self.stand_in = source
+        self.origin = self.node = None
+
+    def output(self, layer_input: Tensor) -> Tensor:
+        """What the network would have called, with this input."""
+        output = self.function(layer_input, self.weight, *self.rest, **self.keywords)
+        self.node = output.grad_fn  # behind which lie the weight, the bias and what was done to them
+        return output
+
+    def linear(self, layer_input: Tensor, weight: Tensor) -> Tensor:
+        """The same without its bias, with another weight."""
+        return self.function(layer_input, weight, None, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """Stride and so on, by name."""
+        given = dict(zip(("stride", "padding", "dilation", "groups"), self.rest[1:], strict=False)) | self.keywords
+        return {name: value for name, value in given.items() if name != "bias"}
+
+    def transpose(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """What sends an error at the layer's output to its input, through this weight."""
+        if self.function is F.linear:
+            return lambda error: error @ (weight if weight.dtype == error.dtype else weight.to(error.dtype))
+        return _transposed_convolution(self.function, self.settings(), weight, self.input.shape)
+
+
+def _transposed_convolution(function: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
+    """`Call.transpose` for a convolution with these options, of an input of this shape."""
+    if len(shape) < weight.dim():  # one example, without a batch
+        batched = _transposed_convolution(function, options, weight, torch.Size((1, *shape)))
+        return lambda error: batched(error.unsqueeze(0)).squeeze(0)
+    if isinstance(options.get("padding"), str):
+        return _transposed_padded(function, options, weight, shape)
+    gradients = {F.conv1d: nn.grad.conv1d_input, F.conv2d: nn.grad.conv2d_input, F.conv3d: nn.grad.conv3d_input}
+    return lambda error: gradients[function](shape, weight.to(error.dtype), error.contiguous(), **options)
+
+
+def _transposed_padded(function: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
+    """`_transposed_convolution` for padding "same", whose odd pixel comes last (torch.nn.Conv2d), and "valid"."""
+    sizes, kernel, dilation = shape[-weight.dim() + 2 :], weight.shape[2:], options.get("dilation", 1)
+    dilation = (dilation,) * len(sizes) if isinstance(dilation, int) else dilation
+    same = options["padding"] == "same"
+    totals = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
+    padded = (*shape[: -len(sizes)], *(size + total for size, total in zip(sizes, totals, strict=True)))
+    transpose = _transposed_convolution(function, {**options, "padding": 0}, weight, torch.Size(padded))
+    window = (..., *(slice(total // 2, total // 2 + size) for size, total in zip(sizes, totals, strict=True)))
+    return lambda error: transpose(error)[window]
+
+
+class ActivationCall:
+    """A call of an activation function, as a rule's `activation` handler sees it.
+
+    `output` is the function with its settings, changing nothing; `argument` what it is given: a copy, if the network's
+    call would change it, since the rules still need it afterwards. `behind_layer`: the argument is an activity that
+    learns, and not made of parameters alone.
+    """
+
+    __slots__ = ("_arguments", "_function", "_keywords", "argument", "behind_layer", "output")
+
+    def __init__(self, function, arguments: tuple, keywords: Mapping, behind_layer: bool):
+        self._function, self._arguments, self._keywords = function, arguments, keywords
+        self.output, changes = _out_of_place(function, arguments, keywords)
+        self.argument = arguments[0].clone() if changes and behind_layer else arguments[0]
+        self.behind_layer = behind_layer
+
+    def network_result(self) -> Tensor:
+        """What the network's own call gives."""
+        return self._function(*self._arguments, **self._keywords)
+
+    def returned(self, result: Tensor) -> Tensor:
+        """This result, without a graph; in the network's own tensor, if its call changes that in place."""
+        own = self._arguments[0]
+        return result if self.argument is own else own.detach_().copy_(result)
+
+
+def _out_of_place(function: Callable, arguments: tuple, keywords: Mapping) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """An activation function with its settings, changing nothing, and whether the call would change its argument."""
+    rest, keywords = list(arguments[1:]), dict(keywords)
+    changes = function in IN_PLACE or bool(keywords.pop("inplace", False))
+    place = _inplace_position(function) - 1
+    if 0 <= place < len(rest):
+        changes = bool(rest[place])
+        rest[place] = False
+    activate = IN_PLACE.get(function, function)
+    return (lambda tensor: activate(tensor, *rest, **keywords)), changes
+
+
+@functools.cache
+def _inplace_position(function: Callable) -> int:
+    """Among the arguments that a function takes; 0 if it takes no `inplace`."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C++: such functions end in an underscore instead
+        return 0
+    return names.index("inplace") if "inplace" in names else 0
+
+
+def _in_place(function: Callable, arguments: tuple = (), keywords: Mapping = {}) -> bool:
+    """Whether a call changes its first argument, or what it is given as `out`."""
+    name = function.__name__.partition(".")[0]
+    if name.startswith("__"):
+        if name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")):
+            return True
+    elif name.endswith("_"):
+        return True
+    if keywords.get("inplace") or keywords.get("out") is not None:
+        return True
+    place = _inplace_position(function) if arguments else 0
+    return bool(0 < place < len(arguments) and arguments[place])
+
+
+class _Known:
+    """What earlier passes have found out: which sequences of calls were examined, and replayed by the initial network,
+    and which functions, by their place in the sequence, rearrange an activity."""
+
+    def __init__(self):
+        self.sequences: set[int] = set()
+        self.replayed: set[int] = set()
+        self.everything = False  # whether passes must see every call
+        self.rearranging: dict[int, tuple[Callable, bool]] = {}
+
+    def __reduce__(self):
+        return _Known, ()  # a copy finds out anew
+
+
+class _Watch(TorchFunctionMode):
+    """Tells a pass every call of torch's functions."""
+
+    def __init__(self, calls: "_Pass"):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.calls.called(function, arguments, keywords or {})
+
+
+class _Watched(Tensor):
+    """A parameter in a pass, or what is made of it: tells the pass the calls that are given it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        for tensor in arguments:
+            if type(tensor) is _Watched:
+                break
+        else:
+            tensor = next(t for t in _tensors_in((arguments, keywords or {})) if type(t) is _Watched)
+        with torch._C.DisableTorchFunctionSubclass():
+            return tensor._calls().called(function, arguments, keywords or {})
+
+
+def _watched(tensor: Tensor, calls) -> Tensor:
+    twin = tensor.as_subclass(_Watched)
+    twin._calls = weakref.ref(calls)  # a strong one would be a circle that keeps the graph
+    return twin
+
+
+class _Pass:
+    """One run of a network, during which `layer` and `activation` stand in for its calls of layers and activations.
+
+    The pass sees every call of torch's functions, at a cost of microseconds each; or, where the rule needs no others
+    and the first call has shown that it is enough, those that are given parameters or what is made of them. What happens
+    while gradients are disabled (inside of a torch.autograd.Function, in a torch.no_grad of the network's own) is none
+    of its business.
+
+    Args:
+        rule: whose pass it is; it knows what was examined before.
+        layer, activation: handlers, given a `Call`, an `ActivationCall`.
+        stand_ins: by the name of a layer's weight, the tensor that takes its place in the backward pass.
+        twins: by the id of a parameter, what is used in its place.
+        everything: the pass must see every call.
+
+    Raises:
+        TypeError: on the way, the network uses its parameters in a way that the rule cannot follow (module docstring).
+    """
+
+    def __init__(
+        self, rule: Rule, network: nn.Module, layer, activation=None, *, stand_ins=None, twins=None, everything=False
+    ):
+        self.rule, self.network = rule, network
+        self.layer, self.activation = layer, activation
+        self.hooks, self.start = _saved_tensor_hooks(), _sequence_number()
+        everything = everything or activation is not None or rule.known.everything or not _watchable(network)
+        self.all, twins = everything or not rule.known.sequences, twins or {}
+        if not everything:
+            twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in network.parameters()}
+        self.held = {} if everything else twins
+        self.sources = _Sources(network, stand_ins or {}, twins, None if everything else self)
+        self.functions: list[Callable] = []
+        self.with_own: list[Callable] = []  # those of them that were given parameters
+        self.followed = set()  # nodes of the graph behind which lies nothing unseen: layers, rows that are looked up
+        self.refusal: str | None = None
+
+    def __enter__(self):
+        self.context = contextlib.ExitStack()
+        self.context.enter_context(_holding(self.network, self.held))
+        if self.all:
+            self.context.enter_context(_Watch(self))
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.context.close()
+        if self.refusal is not None and str(error) != self.refusal:
+            # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
+            raise TypeError(self.refusal) from error
+
+    def called(self, function, arguments, keywords):
+        """A call of one of torch's functions by the network."""
+        if not torch.is_grad_enabled():
+            return self.aside(function, arguments, keywords)
+        if function in LINEAR_MAPS and (source := self.of_layer(arguments, keywords)) is not None:
+            result = self.layer_called(function, arguments, keywords, source)
+        elif self.activation is not None and (function in ACTIVATIONS or function in IN_PLACE):
+            result = self.activated(function, *_spelled(arguments, keywords))
+        elif self.sources.among(arguments, keywords):
+            result = self.with_parameters(function, arguments, keywords)
+        else:
+            result = self.other(function, arguments, keywords)
+        if isinstance(result, Tensor) or function is Tensor.__setitem__ or _tensors_in((result,)):
+            self.count(function)  # and not what only asks for a shape and the like
+        return result
+
+    def count(self, function) -> None:
+        self.functions.append(function)
+
+    def of_layer(self, arguments, keywords) -> "_Source | None":
+        """Of the weight of a linear map; None if it is no layer's."""
+        source = self.sources.of_weight(arguments[1] if len(arguments) > 1 else keywords["weight"])
+        return source if source.layer else None
+
+    def layer_called(self, function, arguments, keywords, source: "_Source") -> Tensor:
+        self.with_own.append(function)
+        if self.all:
+            arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
+        call = Call(function, arguments, keywords, source)
+        hooks = _saved_tensor_hooks()
+        if hooks is not None and hooks != self.hooks and not _only_stores(hooks):
+            raise TypeError(CHECKPOINTED)
+        if _functional_transform() is not None:
+            raise TypeError(TRANSFORMED.format(source.name))
+        if id(call.input) in self.sources.known and self.sources.find(call.input).layer:
+            self.refuse(source, function)
+        output = self.met(call)
+        self.followed.add(call.node)
+        return output
+
+    def met(self, call: Call) -> Tensor:
+        """What the rule makes of a layer's call."""
+        return self.layer(call)
+
+    def activated(self, function, arguments, keywords) -> Tensor:
+        argument = arguments[0]
+        behind_layer = argument.requires_grad and self.sources.find(argument) is None
+        result = self.activation(ActivationCall(function, self.sources.twinned(arguments), keywords, behind_layer))
+        return result if behind_layer else self.sources.follow(self, function, arguments, keywords, result)
+
+    def with_parameters(self, function, arguments, keywords):
+        """Any other call that may use parameters, or what is made of them."""
+        arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
+        result = self.other(function, arguments, keywords)
+        return self.sources.follow(self, function, arguments, keywords, result)
+
+    def other(self, function, arguments, keywords):
+        return function(*arguments, **keywords)
+
+    def aside(self, function, arguments, keywords):
+        """A call while gradients are disabled."""
+        if function in LINEAR_MAPS:
+            source = self.sources.find(arguments[1] if len(arguments) > 1 else keywords["weight"])
+            if source is not None and source.learns and (inside := _autograd_function()) is not None:
+                checkpoints = inside is torch.utils.checkpoint.CheckpointFunction
+                raise TypeError(CHECKPOINTED if checkpoints else _unseen(source.name, f"in {inside.__name__}"))
+        return function(*arguments, **keywords)
+
+    def refuse(self, misused: "_Source", function) -> None:
+        used = f"{misused.name!r} in torch.{function.__name__.strip('_')}"
+        # An operator that is refused is tried once more with its sides exchanged: the first says more.
+        self.refusal = self.refusal or (
+            f"the network uses its parameter {used}, outside a torch.nn.Linear or Conv layer, where this rule "
+            f"cannot follow it; make it the weight of such a layer ({ANYTHING})"
+        )
+        raise TypeError(self.refusal)
+
+    def examine(self, output) -> None:
+        """Once for every sequence of calls: raise TypeError for weights that reach the output past what was followed.
+
+        The graph behind the output, and behind the places where the pass has cut it, knows which ones do.
+        """
+        self.rule.known.everything |= self.sources.strays
+        sequence = hash(tuple(self.with_own if self.held else self.functions))
+        if sequence in self.rule.known.sequences:
+            return
+        roots = [tensor.grad_fn for tensor in _tensors_in((output,))] + [edge.node for edge in self.cuts()]
+        names = {id(p): name for name, p in self.network.named_parameters() if p.requires_grad}
+        names |= {id(p): name for name, p in self.sources.layers.items() if p.requires_grad}
+        for node, through in _ends_of_graph(roots, self.followed, self.start):
+            self.require_followed(names.get(id(getattr(node, "variable", None))), node, through)
+        self.rule.known.sequences.add(sequence)
+
+    def cuts(self) -> list[GradientEdge]:
+        """Where the pass has cut the graph."""
+        return []
+
+    def require_followed(self, name: str | None, node, through: str) -> None:
+        """Raise TypeError for an end of the graph, a parameter of this name, that the pass should have met."""
+        if name in self.sources.layers:
+            raise TypeError(_unseen(name, f"through {through}"))
+
+
+class _Private(_Pass):
+    """A pass whose graph is closed: what it computes reaches parameters through twins of its own.
+
+    So what the parameters get is what `connected` gives them, and an error that enters the graph anywhere else, from a
+    loss on something that the network keeps, is told.
+    """
+
+    def __init__(self, rule: Rule, network: nn.Module, layer, activation=None, *, origins: bool = False):
+        self.receivers = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.leaves = [_entrance(parameter) for parameter in self.receivers]
+        twins = {id(parameter): leaf for parameter, leaf in zip(self.receivers, self.leaves, strict=True)}
+        super().__init__(rule, network, layer, activation, twins=twins, everything=origins)
+        self.sources.forbid(_kept_graphs(network))
+        self.origins = _Origins(rule.known.rearranging, self.start) if origins else None
+        self.calls: list[Call] = []
+
+    def receiving(self, values):
+        """The same values, where tensors that have a gradient are replaced by twins, and get theirs."""
+
+        def received(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            self.receivers.append(tensor)
+            self.leaves.append(_entrance(tensor))
+            return self.leaves[-1]
+
+        return _map_tensors(received, values)
+
+    def met(self, call: Call) -> Tensor:
+        self.calls.append(call)
+        if self.origins is None:
+            return self.layer(call)
+        call.origin = self.origins.of(call)
+        output = self.layer(call)
+        self.origins.note(output)
+        return output
+
+    def other(self, function, arguments, keywords):
+        if self.origins is None:
+            return function(*arguments, **keywords)
+        return self.origins.called(len(self.functions), function, arguments, keywords)
+
+    def cuts(self) -> list[GradientEdge]:
+        return [_edge(call.input) for call in self.calls if call.input.requires_grad]
+
+    def require_followed(self, name: str | None, node, through: str) -> None:
+        if name is not None:
+            raise TypeError(_unseen(name, f"through {through}"))
+        if not any(node is _edge(leaf).node for leaf in self.leaves):
+            raise TypeError(f"the network {FOREIGN}")
+
+    def connected(self, output: Tensor, edges: list[GradientEdge], errors: Callable) -> Tensor:
+        """The output; at its gradient e the receivers get what e and, at the edges, `errors(e)` give them."""
+        if not output.requires_grad:
+            return output
+        places, leaves = [_edge(output), *edges], [_edge(leaf) for leaf in self.leaves]
+
+        def gradients(e: Tensor) -> list[Tensor | None]:
+            entering = [
+                (place, error) for place, error in zip(places, [e, *errors(e)], strict=True) if error is not None
+            ]
+            roots, grads = zip(*entering, strict=True)
+            return _gradients(roots, grads, leaves)
+
+        return substitute(output, gradients, self.receivers)
+
+
+class Place(NamedTuple):
+    """Where an error of the initial network enters the current one: at an edge of the current one's graph.
+
+    It is that of a layer's input or, with `steps`, of the argument of the activation function that it came out of.
+    """
+
+    edge: GradientEdge
+    steps: tuple["Step", ...] = ()
+
+
+class _Replay(_Pass):
+    """The initial network's pass. It must call what the current one has called, and has an alias at every place: of a
+    layer's input, or of an activation's argument, through which alone the layers in question get theirs."""
+
+    remedy = "AlignAda needs a network whose order of calls does not depend on its parameters"
+
+    def __init__(self, rule: Rule, current: _Private, places: list[Place | None]):
+        initial, network = rule.initial, rule.network
+        live = {id(initial.get_parameter(name)): network.get_parameter(name).detach() for name in rule.live}
+        super().__init__(rule, initial, self.coupled, twins=live, everything=not current.held)
+        self.all, self.held = current.all, self.held or live
+        self.current, self.places, self.made = current, places, 0
+        self.foreign = {id(parameter) for parameter in current.network.parameters()}
+        self.steps = {step.index: (step, before) for place in places if place is not None
+                      for before, step in zip((None, *place.steps), place.steps, strict=False)}  # fmt: skip
+        self.shadows: dict[tuple[int, int], _Shadow] = {}  # by a step's index and number
+        # By the index of an activation's call, or -1 - the number of a layer's: edges here and in the current network.
+        self.aliases: dict[int, tuple[GradientEdge, GradientEdge]] = {}
+        self.first = hash(tuple(current.functions)) not in rule.known.replayed
+
+    def called(self, function, arguments, keywords):
+        if self.all:
+            _require_copied((arguments, keywords), self.foreign)
+        return super().called(function, arguments, keywords)
+
+    def count(self, function) -> None:
+        number, expected = len(self.functions), self.current.functions
+        if number >= len(expected) or expected[number] != function:
+            raise self.differs(f"calls torch.{function.__name__.strip('_')}")
+        super().count(function)
+
+    def differs(self, what: str) -> RuntimeError:
+        return RuntimeError(f"the initial network {what} where the current one does not: {self.remedy}")
+
+    def finish(self) -> None:
+        if len(self.functions) != len(self.current.functions):
+            raise self.differs("ends")
+        self.rule.known.replayed.add(hash(tuple(self.functions)))
+
+    def coupled(self, call: Call) -> Tensor:
+        """The layer's output, from the alias at its place."""
+        number = self.made
+        if number == len(self.places) or self.current.calls[number].name != call.name:
+            raise self.differs(f"calls {call.name}")
+        self.made, place = number + 1, self.places[number]
+        if place is None:
+            return call.output(call.input)
+        if not place.steps:
+            alias = _alias(call.input)
+            self.aliases[-1 - number] = _edge(alias), place.edge
+            return call.output(alias)
+        return call.output(self.shadowed(call, place))
+
+    def shadowed(self, call: Call, place: Place) -> Tensor:
+        """The input of a layer, from the alias of the argument of the activation function that it comes from."""
+        first, last = place.steps[0], place.steps[-1]
+        shadow, end = self.shadows.get((first.index, 0)), self.shadows.get((last.index, last.number))
+        if shadow is not None and shadow.changed():
+            raise RuntimeError(
+                f"the argument of the activation function in front of {call.name} is changed in place before that "
+                "layer is called, but AlignAda still needs it; write the change out of place (x = x + y for x += y)"
+            )
+        if end is None or end.value.shape != call.input.shape or (self.first and not _equal(end.value, call.input)):
+            raise self.differs(f"comes to {call.name} on a way")
+        self.aliases[first.index] = shadow.edge, place.edge
+        return end.value
+
+    def other(self, function, arguments, keywords):
+        index = len(self.functions)
+        if index in self.steps and function == self.current.functions[index]:
+            step, before = self.steps[index]
+            if before is None:
+                self.shadows[index, 0] = _Shadow.of_activation(function, *_spelled(arguments, keywords))
+            else:
+                values = _replaced(function, arguments, keywords, step, self.shadows[before.index, before.number].value)
+                self.shadows |= {(index, number): _Shadow(value) for number, value in enumerate(values)}
+        return function(*arguments, **keywords)
+
+    def errors(self, output: Tensor):
+        """The edges of the current network's places, and the function from e to the error at each."""
+        here, there = zip(*self.aliases.values(), strict=True) if self.aliases else ((), ())
+
+        def errors(e: Tensor) -> Iterable[Tensor | None]:
+            if not here:
+                return ()
+            return _gradients((_edge(output),), (e,), here)
+
+        return list(there), errors
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return _tracing() or torch.equal(one, other)
+
+
+class _Shadow:
+    """What a place's alias becomes on its way to a layer. Of an activation function also: its argument's alias."""
+
+    def __init__(self, value: Tensor, edge: GradientEdge | None = None, argument: Tensor | None = None):
+        self.value, self.edge, self.argument = value, edge, argument
+        self.version = None if argument is None else argument._version
+
+    @classmethod
+    def of_activation(cls, function, arguments, keywords) -> "_Shadow":
+        activate, changes = _out_of_place(function, arguments, keywords)
+        alias = _alias(arguments[0].clone() if changes else arguments[0])
+        return cls(activate(alias), _edge(alias), None if changes else arguments[0])
+
+    def changed(self) -> bool:
+        return self.argument is not None and self.argument._version != self.version
+
+
+# --------------------------------------------------------------------------- the engine: where activities come from
+
+
+class Step(NamedTuple):
+    """The call of this index in a pass's sequence of functions takes an activity at these places of its arguments
+    (counted among all that are not containers) and gives another as its result of this number."""
+
+    index: int
+    positions: tuple[int, ...]
+    number: int
+
+
+class _Origin(NamedTuple):
+    """Where an activity comes from: the edge of the argument of an activation function, and the steps from there, first
+    that function's call, then calls of functions that rearrange, copy or pad entries."""
+
+    edge: GradientEdge
+    steps: tuple[Step, ...]
+
+
+class _Origins:
+    """Where the tensors of a pass come from, by the nodes of its graph, which nothing that a network does can lose.
+
+    Args:
+        rearranging: what is known of calls, by their index.
+        start: sequence number of the graph's first node that belongs to the pass.
+    """
+
+    def __init__(self, rearranging: dict[int, tuple[Callable, bool]], start: int):
+        self.rearranging, self.start = rearranging, start
+        self.nodes = set()  # of results that were seen
+        self.activities: dict[tuple, _Origin] = {}  # by node and number of its output
+
+    def note(self, result: Tensor) -> None:
+        if result.requires_grad:
+            self.nodes.add(result.grad_fn)
+
+    def find(self, tensor: Tensor) -> _Origin | None:
+        return self.activities.get((tensor.grad_fn, tensor.output_nr)) if tensor.requires_grad else None
+
+    def called(self, index: int, function, arguments, keywords):
+        """Call a function and note where its results come from."""
+        if function in ACTIVATIONS or function in IN_PLACE:
+            argument = arguments[0] if arguments else keywords["input"]
+            origin = _Origin(_edge(argument), (Step(index, (0,), 0),)) if argument.requires_grad else None
+            result = function(*arguments, **keywords)
+            if origin is not None and not _same(result, argument, origin.edge):
+                self.activities[result.grad_fn, result.output_nr] = origin
+                self.note(result)
+            return result
+        leaves = arguments if not keywords and not _nested(arguments) else _leaves_of((arguments, keywords))
+        found = {leaf.grad_fn: leaf for leaf in leaves if isinstance(leaf, Tensor) and self.find(leaf) is not None}
+        if not found:
+            result = function(*arguments, **keywords)
+            for tensor in _results(function, arguments, result):
+                self.note(tensor)
+            return result
+        return self.handed_on(index, function, arguments, keywords)
+
+    def handed_on(self, index: int, function, arguments, keywords):
+        """A call that is given an activity: its results are that activity rearranged, or something else."""
+        leaves = _leaves_of((arguments, keywords))
+        origins = [self.find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        positions = tuple(k for k, origin in enumerate(origins) if origin is not None)
+        one = len({id(origins[k]) for k in positions}) == 1  # not two that meet
+        rearranges = one and self.rearranges(index, function, arguments, keywords, positions)
+        result = function(*arguments, **keywords)
+        for number, tensor in enumerate(_results(function, arguments, result)):
+            if not tensor.requires_grad or (tensor.grad_fn, tensor.output_nr) in self.activities:
+                continue  # nothing goes back there, or the function has handed on its argument as it is
+            self.note(tensor)
+            if rearranges:
+                origin = origins[positions[0]]
+                steps = (*origin.steps, Step(index, positions, number))
+                self.activities[tensor.grad_fn, tensor.output_nr] = origin._replace(steps=steps)
+        return result
+
+    def rearranges(self, index: int, function, arguments, keywords, positions: tuple[int, ...]) -> bool:
+        if function in REARRANGING:
+            return True
+        if function.__name__.strip("_").partition(".")[0].rstrip("_") in ARITHMETIC:
+            return False
+        known = self.rearranging.get(index)
+        if known is None or known[0] != function:
+            if _tracing():
+                raise RuntimeError("call the rule once on a batch before compiling it: it must look at the calls")
+            known = self.rearranging[index] = function, _rearranges(function, arguments, keywords, positions)
+        return known[1]
+
+    def of(self, call: Call) -> _Origin | None:
+        """The activity that a layer gets; None if it is known to be something else.
+
+        Raises:
+            TypeError: neither is known.
+        """
+        tensor = call.input
+        if not tensor.requires_grad or tensor.grad_fn is None:
+            return None
+        node, number = tensor.grad_fn, tensor.output_nr
+        while node not in self.nodes:
+            if isinstance(node, _HOOK_NODE):  # a module's backward hook that may look, but not change the activity
+                node, number = node.next_functions[number]
+            elif _ends_at(node, self.start) or _copies_into(node) or _base_was_changed(tensor):
+                return None
+            else:
+                raise TypeError(
+                    f"the input of {call.name} is made by {node.name()} in a way that this rule cannot see (a scripted or "
+                    f"compiled function, for one), so that it cannot tell where it comes from; call torch's own "
+                    f"functions ({ANYTHING})"
+                )
+        return self.activities.get((node, number))
+
+
+_HOOK_NODE = torch.nn.modules._functions.BackwardHookFunction._backward_cls
+
+
+def _same(result: Tensor, argument: Tensor, before: GradientEdge) -> bool:
+    """Whether a function has handed on its argument as it was."""
+    return result is argument and result.grad_fn is before.node
+
+
+def _ends_at(node, start: int) -> bool:
+    """Whether a node is a leaf, belongs to what was there before a pass, or to a torch.autograd.Function as a whole."""
+    older = node._sequence_nr() < start
+    return older or hasattr(node, "variable") or isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def _base_was_changed(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of one that was changed in place, and got another node by that."""
+    return tensor._base is not None and tensor._base.grad_fn is not None and _copies_into(tensor._base.grad_fn)
+
+
+def _copies_into(node) -> bool:
+    """Whether a node stands for a tensor that was changed through a view of it."""
+    return node.name().endswith("CopySlices")
+
+
+# Functions that rearrange, copy or pad the entries of their first argument. Others are tried out (see `_rearranges`).
+REARRANGING = {
+    F.pad, torch.flatten, Tensor.flatten, torch.unflatten, Tensor.unflatten, torch.reshape, Tensor.reshape, Tensor.view,
+    torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, torch.movedim, Tensor.movedim,
+    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.contiguous,
+}  # fmt: skip
+
+# Names of functions that compute with entries, also where they happen to give them back (times one, plus zero).
+ARITHMETIC = {
+    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "float_power", "lerp",
+    "addcmul", "addcdiv", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "abs",
+    "nan_to_num", "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
+    "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "iadd", "isub", "imul",
+    "itruediv", "radd", "rmul", "rdiv", "rpow", "ipow", "truediv", "rtruediv", "rmatmul",
+}  # fmt: skip
+
+
+def _rearranges(function, arguments, keywords, positions: tuple[int, ...]) -> bool:
+    """Whether a call's results are entries of the argument at these places, each at its own place whatever the entries
+    are, or constants. Found by trying: entries that spell their own places, digit by digit, then random ones."""
+    with torch.no_grad(), _randomness_kept(function, keywords):
+        leaves = _leaves_of((arguments, keywords))
+        activity = leaves[positions[0]]
+        places = torch.arange(activity.numel(), device=activity.device)
+
+        def tried(entries: Tensor) -> list[Tensor]:
+            values = torch.empty_like(activity, requires_grad=False).copy_(entries.view(activity.shape))
+            return _replaced(function, arguments, keywords, Step(0, positions, 0), values, others=torch.rand_like)
+
+        try:
+            digits = [
+                places // BASE**k % BASE + 1 for k in range(max(1, math.ceil(math.log(max(len(places), 2), BASE))))
+            ]
+            spelled = list(zip(*map(tried, digits), strict=True))
+            mirrored = tried(-digits[0])
+            probe = torch.randn(len(places), device=activity.device).to(activity.dtype)
+            results = tried(probe)
+        except Exception:  # whatever refuses such entries looks at them
+            return False
+        return bool(results) and all(
+            _spells(numbers, negative, result, probe) for numbers, negative, result in
+            zip(spelled, mirrored, results, strict=True)
+        )  # fmt: skip
+
+
+BASE = 127  # digits that every floating-point type holds exactly
+
+
+def _spells(digits: tuple[Tensor, ...], mirrored: Tensor, result: Tensor, probe: Tensor) -> bool:
+    """Whether a result of a trial holds the entries of `probe` at the places that the digits spell, or constants."""
+    if not result.is_floating_point() and not result.is_complex():
+        return False
+    constant = digits[0] == mirrored
+    if constant.all():
+        return False
+    digits = [torch.nan_to_num(d.real if d.is_complex() else d).long() - 1 for d in digits]
+    place = sum(digit * BASE**k for k, digit in enumerate(digits)).clamp(0, len(probe) - 1)
+    entries = probe.to(result.dtype)[place]
+    return bool(((result == entries) | constant).all())
+
+
+def _replaced(function, arguments, keywords, step: Step, value: Tensor, others=None) -> list[Tensor]:
+    """A call's results, with this value where the step takes an activity, changing nothing else.
+
+    `others`: what makes the other floating-point tensors among the arguments; without it they are as they are.
+    """
+    leaves, structure = pytree.tree_flatten((tuple(arguments), dict(keywords)))
+    writes = _in_place(function, arguments, keywords)
+    for k, leaf in enumerate(leaves):
+        if k in step.positions:
+            leaves[k] = value.clone() if writes else value
+        elif isinstance(leaf, Tensor) and leaf.is_floating_point() and others is not None:
+            leaves[k] = others(leaf)
+        elif isinstance(leaf, Tensor) and writes:
+            leaves[k] = leaf.clone()
+    arguments, keywords = pytree.tree_unflatten(leaves, structure)
+    return _results(function, arguments, function(*arguments, **keywords))
+
+
+def _results(function, arguments, result) -> list[Tensor]:
+    """The tensors that a call gives; `x[...] = y` gives x."""
+    return _tensors_in(arguments[:1] if function is Tensor.__setitem__ else (result,))
+
+
+def _leaves_of(values) -> list:
+    return pytree.tree_leaves(values)
+
+
+def _nested(arguments: tuple) -> bool:
+    return any(type(argument) in (tuple, list, dict) for argument in arguments)
+
+
+def _spelled(arguments: tuple, keywords: Mapping) -> tuple[tuple, dict]:
+    """A call's arguments, with its first one in its place also where it was given as `input`."""
+    keywords = dict(keywords)
+    return arguments or (keywords.pop("input"),), keywords
+
+
+# ------------------------------------------------------------------------------ the engine: where weights come from
+
+
+class _Source(NamedTuple):
+    """Where a tensor comes from that is made of the network's own tensors alone, and of no activity.
+
+    `name` of the parameter that learns in it; None for fixed tensors, such as buffers. `layer`: it is a layer's weight,
+    `learns` or not, and `stand_in` is what takes its place in the backward pass, where a rule wants that.
+    """
+
+    name: str | None = None
+    layer: bool = False
+    learns: bool = False
+    stand_in: Tensor | None = None
+
+
+class _Sources:
+    """The network's own tensors, and what a pass makes of them before they meet an activity (scaled, cast, reshaped or
+    split weights), and with their stand-ins the same."""
+
+    def __init__(self, network: nn.Module, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor], watcher):
+        self.layers, self.twins, self.watcher = layer_weights(network), twins, watcher
+        self.strays = False  # whether some were met past the network's modules, or can be known only by every call
+        self.forbidden: set[int] = set()
+        self.known: dict[int, tuple[Tensor, _Source]] = {}  # by id; the tensors stay alive, so that their ids do
+        for buffer in network.buffers():
+            self.known[id(buffer)] = buffer, _Source()
+        for name, parameter in network.named_parameters():
+            self.known[id(parameter)] = parameter, _Source(name if parameter.requires_grad else None)
+        for name, weight in self.layers.items():
+            self.known[id(weight)] = weight, _Source(name, True, weight.requires_grad, stand_ins.get(name))
+        self.own = set(self.known)
+        for own, twin in twins.items():
+            self.known[id(twin)] = twin, self.known[own][1]
+            self.own.add(id(twin))
+
+    def forbid(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that the network must not use, for it keeps their graph from an earlier call."""
+        for tensor in tensors:
+            self.known.setdefault(id(tensor), (tensor, _Source()))
+            self.forbidden.add(id(tensor))
+
+    def among(self, arguments: tuple, keywords: Mapping | None) -> bool:
+        """Whether some of them may be known here. (This runs at every call of a network, and so is spelled out.)"""
+        known = self.known
+        for argument in arguments:
+            if id(argument) in known or type(argument) in CONTAINERS:
+                return True
+        if keywords:
+            for argument in keywords.values():
+                if id(argument) in known or type(argument) in CONTAINERS:
+                    return True
+        return False
+
+    def find(self, tensor: Tensor) -> _Source | None:
+        known = self.known.get(id(tensor))
+        if known is not None:
+            if id(tensor) in self.forbidden:
+                raise TypeError(f"the network {FOREIGN}")
+            return known[1]
+        return _Source() if tensor.dim() == 0 and not tensor.requires_grad else None
+
+    def of_weight(self, weight: Tensor) -> _Source:
+        """Of what a linear map multiplies with.
+
+        Raises:
+            TypeError: it learns, and was made where it could not be followed.
+        """
+        source = self.find(weight)
+        if source is None and weight.requires_grad:
+            raise TypeError(
+                "the network makes the weight of a linear map from activities or in a torch.autograd.Function, where "
+                f"this rule cannot follow it; multiply activities with torch.matmul ({ANYTHING})"
+            )
+        return source or _Source()
+
+    def twinned(self, values):
+        """The arguments of a call, with twins in the place of parameters that have one."""
+        if not self.twins:
+            return values
+        return _map_arguments(self.twin, values)
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        twin = self.twins.get(id(tensor))
+        self.strays |= twin is not None  # where modules hold twins
+        return tensor if twin is None else twin
+
+    def follow(self, calls: _Pass, function, arguments, keywords, result):
+        """Note where a call's results come from, and return them, as tensors that are watched if they are made of
+        parameters alone; refuse a use of learned tensors that the rule cannot follow."""
+        results = _results(function, arguments, result)
+        if not results:
+            return result
+        sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
+        name = function.__name__
+        multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
+        learned = [source for source in multiplied if source.name is not None]
+        if None not in sources and name not in LOOKUPS:
+            if learned[1:]:
+                calls.refuse(learned[1], function)
+            return self.derive(calls, function, arguments, keywords, result)
+        if any(tensor.requires_grad for tensor in results):
+            layers = [source for source in sources if source is not None and source.layer]
+            if misused := learned or (layers if name not in HARMLESS else []):
+                calls.refuse(misused[0], function)
+            if layers and name in LOOKUPS:
+                calls.followed.update(tensor.grad_fn for tensor in results)
+        if None in sources and _in_place(function, arguments, keywords) and id(results[0]) not in self.own:
+            self.known.pop(id(results[0]), None)  # an activity has come in
+        return result
+
+    def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
+        """Where the tensors come from that the function multiplies, if it is a product."""
+        name = function.__name__.partition(".")[0]
+        name = name if name.startswith("_") else name.rstrip("_")
+        if name not in PRODUCTS:
+            return []
+        named = {key: value for key, value in keywords.items() if key not in NOT_MULTIPLIED}
+        return [self.find(tensor) for tensor in _tensors_in((arguments[PRODUCTS[name]], named))]
+
+    def derive(self, calls: _Pass, function, arguments, keywords, result):
+        """Note results that are made of the network's own tensors alone, and make the same of stand-ins."""
+        tensors, results = _tensors_in((arguments, keywords)), _results(function, arguments, result)
+        sources = [self.find(tensor) for tensor in tensors]
+        source = max((s for s in sources if s.name is not None), key=lambda s: s.layer, default=_Source())
+        stand_ins = [None] * len(results)
+        standing = [source.stand_in for source in sources if source.stand_in is not None]
+        if standing:
+            if _in_place(function, arguments, keywords) and sources[0].stand_in is None:
+                calls.refuse(source, function)  # it would write into the network's own tensor
+            replaced = self.replaced(arguments)
+            # With gradients where a stand-in learns itself; nothing else in the chain gets a second one.
+            with torch.set_grad_enabled(any(stand_in.requires_grad for stand_in in standing)):
+                stand_ins = _results(function, replaced, function(*replaced, **self.replaced(keywords)))
+        watched = {}
+        if self.watcher is not None and any(type(tensor) is _Watched for tensor in tensors):
+            calls.with_own.append(function)
+            self.strays |= any(type(t) is not _Watched and t.dim() and id(t) not in self.own for t in tensors)
+            watched = {id(tensor): _watched(tensor, self.watcher) for tensor in results if type(tensor) is not _Watched}
+        for tensor, stand_in in zip(results, stand_ins, strict=True):
+            noted = watched.get(id(tensor), tensor)
+            if id(noted) not in self.own:  # not a buffer that was changed in place
+                self.known[id(noted)] = noted, source._replace(stand_in=stand_in)
+        return _map_arguments(lambda tensor: watched.get(id(tensor), tensor), result) if watched else result
+
+    def replaced(self, values):
+        """The arguments of a call, with its stand-in in the place of every layer's weight in them."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            stand_in = self.find(tensor).stand_in
+            return tensor.detach() if stand_in is None else stand_in
+
+        return _map_arguments(replace, values)
+
+
+CONTAINERS = {tuple, list, dict}
+
+# Functions that multiply activities by each other or by a weight, by name, and which of their arguments multiply.
+PRODUCTS = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_tbc"), slice(0, 2)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), slice(0, 2)),
+    **dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm", "addr"), slice(1, 3)),
+    **dict.fromkeys(("bilinear", "scaled_dot_product_attention"), slice(0, 3)),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__", "__rmatmul__"), slice(None)),
+    **dict.fromkeys(("einsum", "tensordot", "chain_matmul", "linalg_multi_dot", "linalg_matmul", "kron"), slice(None)),
+    **dict.fromkeys(("linalg_vecdot", "cdist", "multi_head_attention_forward", "outer", "ger"), slice(None)),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), slice(None)),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), slice(None)),
+}
+NOT_MULTIPLIED = ("bias", "attn_mask")  # named arguments of these that are added
+
+# Functions that may take a layer's weight beside an activity: they look up rows of it (and those are activities), or
+# read its type or shape.
+LOOKUPS = {"embedding", "embedding_bag"}
+HARMLESS = LOOKUPS | {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+
+
+# ------------------------------------------------------------------------------------- the engine: graphs and their ends
+
+
+class _Entrance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        raise RuntimeError(
+            "an error reaches the network's parameters past its output, from something that the network keeps (a loss "
+            "term, an activity caught by a hook, a state): the rule knows the error at the output alone; let the network "
+            "return what the loss needs, or compute it outside (Backprop, FeedbackAlignment and its kin take it)"
+        )
+
+
+def _entrance(tensor: Tensor) -> Tensor:
+    """A tensor with its attributes, from which no error may go back but one that is asked for."""
+    return _named_like(tensor, _Entrance.apply(tensor))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return _named_like(tensor, tensor.detach().requires_grad_(tensor.requires_grad))
+
+
+def _named_like(tensor: Tensor, twin: Tensor) -> Tensor:
+    """The twin, with what is kept on the tensor: mup keeps a parameter's infshape there, others a multiplier."""
+    if twin is not tensor:
+        for key, value in vars(tensor).items():
+            vars(twin).setdefault(key, value)
+        if isinstance(tensor, nn.Parameter):
+            twin._is_param = True  # what isinstance(twin, nn.Parameter) asks for
+    return twin
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+class _WithGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, leaf: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return None, None
+
+
+def _with_graph(tensor: Tensor) -> Tensor:
+    """The tensor, as one that has a gradient, which goes nowhere. Unlike a leaf it can be changed in place."""
+    return _WithGraph.apply(tensor, torch.empty((), requires_grad=True))
+
+
+def _edge(tensor: Tensor) -> GradientEdge:
+    """Where a tensor's gradient enters the graph behind it, whatever becomes of the tensor."""
+    node = tensor.grad_fn
+    return torch.autograd.graph.get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+
+
+def _gradients(roots: tuple[GradientEdge, ...], grads: tuple[Tensor, ...], leaves) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad inside of a backward pass, which keeps the graph if that one does; without the checks that
+    take longer than the rest where there are hundreds of roots."""
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    engine = torch.autograd.graph._engine_run_backward
+    return engine(roots, grads, keep, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False)
+
+
+def _sequence_number() -> int:
+    """Of the next node of a graph: nodes are numbered as they are made, in every thread by itself."""
+    return torch.empty((), requires_grad=True).clone().grad_fn._sequence_nr() + 1
+
+
+def _ends_of_graph(roots: Iterable, followed: set, start: int):
+    """The ends of the graph behind these nodes: leaves, and nodes from before a pass; with the name of one that has
+    such an end as its input. Nothing behind `followed` nodes is looked at."""
+    nodes, seen = [(root, "the output") for root in roots], set()
+    while nodes:
+        node, through = nodes.pop()
+        if node is None or node in seen or node in followed or isinstance(node, _Entrance._backward_cls):
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") or node._sequence_nr() < start:
+            yield node, through
+        else:
+            nodes.extend((behind, node.name()) for behind, _ in node.next_functions)
+
+
+def _saved_tensor_hooks():
+    """What handles tensors that are saved for the backward pass, as torch.autograd.graph.saved_tensors_hooks sets it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+_functional_transform = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func and torch.vmap
+
+
+def _only_stores(hooks) -> bool:
+    """Whether such hooks are torch's own that put tensors elsewhere, and not those of activation checkpointing."""
+    return hooks is None or hooks[0].__module__ == "torch.autograd.graph"
+
+
+def _autograd_function() -> type | None:
+    """The torch.autograd.Function whose forward is running; None if none is."""
+    codes, kinds = {}, [torch.autograd.Function]
+    while kinds:
+        kinds += (kind := kinds.pop()).__subclasses__()
+        codes[getattr(kind.forward, "__code__", None)] = kind
+    frame = sys._getframe(1)
+    while frame is not None:
+        first = frame.f_locals.get("ctx")
+        if frame.f_code in codes:
+            return codes[frame.f_code]
+        if isinstance(first, torch.autograd.function.BackwardCFunction):
+            return type(first)._forward_cls
+        frame = frame.f_back
+    return None
+
+
+class _Graphless(TorchFunctionMode):
+    """A run of a network in which only what `learning` tensors take part in has a graph.
+
+    Everything else is computed as if gradients were wanted, for torch multiplies matrices in another order, with other
+    rounding, where they are not; and its graph is dropped at once, so that it has a gradient as leaves do.
+    """
+
+    def __init__(self, learning: Iterable[Tensor]):
+        super().__init__()
+        self.learning = {id(tensor) for tensor in learning}
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        simple = not keywords and not _nested(arguments)
+        tensors = arguments if simple else _tensors_in((arguments, keywords))
+        with_gradient = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+        if not with_gradient or not torch.is_grad_enabled():
+            return function(*arguments, **keywords)
+        if any(not t.is_leaf or id(t) in self.learning for t in with_gradient):
+            return function(*_map_arguments(self.cut, arguments), **_map_arguments(self.cut, keywords))
+        if _in_place(function, arguments, keywords):
+            with torch.no_grad():
+                result = function(*arguments, **keywords)
+            for tensor in _results(function, arguments, result):
+                if tensor.is_leaf and tensor.is_floating_point():
+                    tensor.requires_grad_()
+            return result
+        result = function(*arguments, **keywords)
+        return self.dropped(result) if isinstance(result, Tensor) else _map_arguments(self.dropped, result)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        return (
+            tensor.detach() if tensor.requires_grad and tensor.is_leaf and id(tensor) not in self.learning else tensor
+        )
+
+    def dropped(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
+
+
+class _CopiedPass(TorchFunctionMode):
+    """A run of AlignZero's initial network, which must use its own parameters, as they are routed, and none else."""
+
+    def __init__(self, network: nn.Module, routed: Iterable[int], live: Iterable[str]):
+        super().__init__()
+        self.foreign = {id(parameter) for name, parameter in network.named_parameters() if name not in live}
+        self.unrouted, self.hooks = set(routed), _saved_tensor_hooks()
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        _require_copied((arguments, keywords or {}), self.foreign)
+        if function in LINEAR_MAPS:
+            self.require_routed(arguments, keywords or {})
+        return function(*arguments, **(keywords or {}))
+
+    def require_routed(self, arguments, keywords) -> None:
+        hooks = _saved_tensor_hooks()
+        if (hooks != self.hooks and not _only_stores(hooks)) or (
+            not torch.is_grad_enabled() and _autograd_function() is torch.utils.checkpoint.CheckpointFunction
+        ):
+            raise TypeError(CHECKPOINTED)
+        if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
+            raise TypeError(
+                "the network uses its parameters past its modules (from a list of its own, for one), where AlignZero "
+                "cannot route their gradients; use them as module.weight and so on"
+            )
+
+
+def _value(network: nn.Module, inputs, keywords) -> Tensor:
+    """The network's output, computed as with gradients, to the last bit; its graph is dropped."""
+    with _holding(network, {id(p): _entrance(p) for p in network.parameters() if p.requires_grad}):
+        return _one_tensor(network(*inputs, **keywords)).detach()
+
+
+@contextlib.contextmanager
+def _holding(network: nn.Module, twins: Mapping[int, Tensor]):
+    """The network's modules hold these tensors in the place of their parameters and buffers, given by id."""
+    swapped = []
+    for module in network.modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if id(tensor) in twins:
+                    swapped.append((held, key, tensor))
+    for held, key, tensor in swapped:
+        held[key] = twins[id(tensor)]
+    try:
+        yield
+    finally:
+        for held, key, tensor in swapped:
+            held[key] = tensor
+
+
+# --------------------------------------------------------------------------------- the engine: copies, state, randomness
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, which a module that keeps an activation, or attributes on its parameters, can have too.
+
+    Raises:
+        TypeError: the module cannot be copied; it names the one that is in the way.
+    """
+    memo = {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(module)}
+    try:
+        twin = copy.deepcopy(module, memo)
+    except Exception as error:
+        place = next((place for place in _attributes(module) if not _copies(*place)), (module, None))
+        names = {id(part): name for name, part in module.named_modules()}
+        name = ".".join(filter(None, (names[id(place[0])], place[1]))) or "itself"
+        raise TypeError(
+            f"this rule keeps a copy of the network, and {name} (in a {type(place[0]).__name__}) cannot be copied: "
+            f"{error}; remove it before the rule is made, and put it back afterwards, or give its class a __deepcopy__"
+        ) from error
+    for parameter, other in zip(module.parameters(), twin.parameters(), strict=True):
+        for key, value in vars(parameter).items():
+            if key not in vars(other):
+                setattr(other, key, copy.copy(value))
+    return twin
+
+
+def _copies(module: nn.Module, key: str) -> bool:
+    try:
+        copy.deepcopy(vars(module)[key], {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(module)})
+    except Exception:
+        return False
+    return True
+
+
+MODULE_KEYS = frozenset(vars(nn.Module())) | {"_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"}
+
+
+def _attributes(network: nn.Module):
+    """(module, name) of every attribute of the network's modules that is their own, and not nn.Module's."""
+    for module in network.modules():
+        for key in tuple(vars(module)):
+            if key not in MODULE_KEYS:
+                yield module, key
+
+
+def _kept_graphs(network: nn.Module) -> list[Tensor]:
+    """Tensors that modules keep in attributes, buffers included, with the graph that they were made by."""
+    values = [vars(module)[key] for module, key in _attributes(network)] + list(network.buffers())
+    return [t for value in values for t in _tensors_in((value,)) if t.requires_grad and t.grad_fn is not None]
+
+
+FORWARD_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+GENERATORS = (torch.Generator, random.Random)
+STATISTICS = ("running_", "moving_", "num_batches_tracked")
+
+
+def _carry_state(network: nn.Module, twin: nn.Module) -> None:
+    """Put every module of a copy into the mode and the state of the same one in the network.
+
+    State is what a call may leave to the next one: attributes that are numbers, tensors or generators of random numbers,
+    alone or in containers, and buffers; but not parameters, and not statistics, which the copy gathers itself.
+
+    Raises:
+        TypeError: a module has got an attribute that cannot be copied.
+    """
+    own = None
+    for module, other in zip(network.modules(), twin.modules(), strict=True):
+        if other.training != module.training:
+            other.training = module.training
+        for hooks in FORWARD_HOOKS:  # those that came and went since the copy was made
+            if vars(module)[hooks].keys() != vars(other)[hooks].keys():
+                kept = vars(other)[hooks]
+                vars(other)[hooks] = type(kept)((k, kept.get(k, hook)) for k, hook in vars(module)[hooks].items())
+        mine, theirs = vars(module), vars(other)
+        if len(mine) > len(MODULE_KEYS) - 2:
+            for key in mine.keys() - MODULE_KEYS:
+                value = mine[key]
+                if not _is_constant(value, theirs.get(key, ...)):
+                    own = own or _counterparts(network, twin)
+                    _carry(other, key, value, own)
+        if module._buffers and not type(module).__module__.startswith("torch.nn."):
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not key.startswith(STATISTICS):
+                    other._buffers[key] = buffer.detach().clone()
+
+
+def _is_constant(value, other) -> bool:
+    """Whether an attribute needs no copy: nothing that a call changes, or the same as the copy has."""
+    if value is other or isinstance(value, str | nn.Module | torch.dtype | torch.device) or callable(value):
+        return True
+    return isinstance(value, int | float | bool) and type(value) is type(other) and value == other
+
+
+def _counterparts(network: nn.Module, twin: nn.Module) -> dict[int, Tensor]:
+    """Of the network's own tensors, those of a copy."""
+    pairs = [*zip(network.parameters(), twin.parameters(), strict=True)]
+    return {id(tensor): other for tensor, other in pairs}
+
+
+def _carry(module: nn.Module, key: str, value, counterparts: dict[int, Tensor]) -> None:
+    """Give a copy's module a copy of an attribute."""
+    leaves = pytree.tree_leaves(value)
+    if isinstance(value, torch.Generator) and isinstance(vars(module).get(key), torch.Generator):
+        vars(module)[key].set_state(value.get_state())
+    elif all(isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves):
+        vars(module)[key] = pytree.tree_map(
+            lambda leaf: counterparts.get(id(leaf), leaf.detach().clone()) if isinstance(leaf, Tensor) else leaf, value
+        )
+    elif _is_random(value):
+        vars(module)[key] = copy.deepcopy(value)
+    elif key not in vars(module):
+        raise TypeError(
+            f"a {type(module).__name__} of the network has got an attribute {key} of type {type(value).__name__} since "
+            "the rule was made, which the rule cannot give to its copy of the network; set it before, or keep tensors"
+        )
+
+
+def _is_random(value) -> bool:
+    kind = type(value)
+    return isinstance(value, GENERATORS) or (kind.__module__.startswith("numpy.random") and hasattr(value, "random"))
+
+
+@contextlib.contextmanager
+def _undisturbed(network: nn.Module):
+    """A run of the network leaves no trace: in its buffers, in what it keeps between calls, in generators."""
+    buffers = {id(buffer): buffer.detach().clone() for buffer in network.buffers()}
+    own = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    before = [(vars(module), dict(vars(module))) for module in network.modules()]
+    for module, key in list(_attributes(network)):
+        value = vars(module)[key]
+        if isinstance(value, torch.Generator):
+            vars(module)[key] = value.clone_state()
+        elif not _is_constant(value, ...):
+            _carry(module, key, value, own)
+    try:
+        with _holding(network, buffers), _Randomness(network):
+            yield
+    finally:
+        for now, attributes in before:
+            now.clear()
+            now.update(attributes)
+
+
+class _Randomness:
+    """Made before a pass and entered for the next, it makes both draw the same random numbers, as for dropout; at the
+    end the generators stand where they stood when it was entered.
+
+    torch's generators, on the devices of the network's tensors too, NumPy's and Python's. (For what modules hold, see
+    `_carry_state`.)
+    """
+
+    def __init__(self, network: nn.Module):
+        tensors = itertools.chain(network.parameters(), network.buffers())
+        self.devices = sorted(
+            {(t.device.type, t.device.index) for t in tensors if t.device.type not in ("cpu", "meta")}
+        )
+        self.state = self.read()
+
+    def __enter__(self):
+        self.before = self.read()
+        self.write(self.state)
+
+    def __exit__(self, *error):
+        self.write(self.before)
+
+    def read(self) -> list:
+        if _tracing():
+            return []
+        numpy = sys.modules.get("numpy")
+        return [
+            torch.get_rng_state(),
+            random.getstate(),
+            numpy and numpy.random.get_state(),
+            *(torch.get_device_module(kind).get_rng_state(*_index(index)) for kind, index in self.devices),
+        ]
+
+    def write(self, state: list) -> None:
+        if not state:
+            return
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        if state[2]:
+            sys.modules["numpy"].random.set_state(state[2])
+        for (kind, index), of_device in zip(self.devices, state[3:], strict=True):
+            torch.get_device_module(kind).set_rng_state(of_device, *_index(index))
+
+
+def _index(index: int | None) -> tuple[int, ...]:
+    return () if index is None else (index,)
+
+
+@contextlib.contextmanager
+def _randomness_kept(function, keywords: Mapping):
+    """Nothing that the function draws, from torch's generators or one that it is given, shows afterwards."""
+    generator = keywords.get("generator")
+    state = None if generator is None else generator.get_state()
+    with torch.random.fork_rng():
+        yield
+    if generator is not None:
+        generator.set_state(state)
+
+
+# ------------------------------------------------------------------------------------------- the engine: torch.compile
+
+_RULES: "weakref.WeakValueDictionary[int, Rule]" = weakref.WeakValueDictionary()  # by their key
+_KEYS = itertools.count()
+_TRACED = threading.local()  # whether a rule is running to be compiled
+
+
+def _registered(rule: Rule) -> int:
+    """A key by which a compiled graph can name the rule."""
+    key = next(_KEYS)
+    _RULES[key] = rule
+    return key
+
+
+def _watchable(network: nn.Module) -> bool:
+    """Whether parameters can be made into tensors that are watched: not those of other libraries' own kinds."""
+    return not _tracing() and all(type(p) in (Tensor, nn.Parameter) for p in network.parameters())
+
+
+def _tracing() -> bool:
+    return getattr(_TRACED, "running", False)
+
+
+def _compiled(rule: Rule, inputs, keywords) -> Tensor:
+    """The rule as one function of a compiled graph: torch follows the tensors through it, not Python's doings."""
+    if any(isinstance(module, _DropoutNd) and module.training for module in rule.network.modules()):
+        return _uncompiled(rule, inputs, keywords)  # two passes must draw the same masks
+    state = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
+    modes = tuple(module.training for module in rule.modules())  # so that another mode is compiled anew
+    return _in_graph(rule.key, modes, state, inputs, keywords)
+
+
+@torch.compiler.disable
+def _uncompiled(rule: Rule, inputs, keywords) -> Tensor:
+    return rule.attached(*inputs, **keywords)
+
+
+def _in_graph(key: int, modes: tuple[bool, ...], state: dict[str, Tensor], inputs, keywords) -> Tensor:
+    rule = _RULES[key]
+    own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
+    before, _TRACED.running = _tracing(), True
+    try:
+        with _holding(rule, {id(own[name]): _named_like(own[name], tensor) for name, tensor in state.items()}):
+            return rule.attached(*inputs, **keywords)
+    finally:
+        _TRACED.running = before
+
+
+torch.compiler.allow_in_graph(_in_graph)
+
+
+# ----------------------------------------------------------------------------------------------- the engine: refusals
+
+ANYTHING = "Backprop takes any network as it is, AlignZero any that can be copied"  # what errors end with
+
+CHECKPOINTED = (
+    "the network checkpoints activations (torch.utils.checkpoint): it runs again in the backward pass, where this rule "
+    "cannot follow it; switch that off (Backprop takes it)"
+)
+TRANSFORMED = (
+    "the network calls {} inside a functional transform (torch.func, torch.vmap), where this rule cannot follow it; write "
+    f"it without ({ANYTHING})"
+)
+FOREIGN = (
+    "uses a tensor that has a gradient and is none of its parameters or inputs, or that it keeps from an earlier call: "
+    "hand it over as an input, or detach it"
+)
+
+# Modules that use weights inside one fused call, where a rule cannot reach the single layers.
+FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+# Modules whose `weight` and `bias` are no linear map of an activity: they look up, scale and shift.
+OTHERS = (
+    nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU,
+)  # fmt: skip
+
+
+def _unseen(name: str, where: str) -> str:
+    return (
+        f"the network uses its parameter {name!r} {where}, past the calls that this rule can follow (a scripted or "
+        f"compiled function, a torch.autograd.Function of your own); call torch's own functions ({ANYTHING})"
+    )
+
+
+def _require_copied(values, foreign: set[int]) -> None:
+    for value in values[0]:
+        if id(value) in foreign or type(value) in CONTAINERS:
+            break
+    else:
+        if not values[1]:
+            return
+    if any(isinstance(tensor, nn.Parameter) and id(tensor) in foreign for tensor in _tensors_in(values)):
+        raise TypeError(
+            "the copy of the network uses the original's parameters, because a function that it holds refers to the "
+            "original (a lambda or a replaced `forward`); refer to modules through self"
+        )
 
 
 def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str = ANYTHING) -> None:
@@ -431,11 +2504,14 @@ def _unreachable(module: nn.Module, name: str, added: Iterable[str]) -> str | No
             f"is a {kind}, whose weights are used inside one fused call; write it with torch.nn.Linear layers to use "
             "this rule"
         )
-    if isinstance(module, LAYERS) and "weight" not in module._parameters:
-        return (
-            "makes its weight from other parameters (weight norm, for example), which this rule cannot follow; remove "
-            "the parametrisation"
-        )
+    if isinstance(module, LAYERS):
+        if "weight" not in module._parameters:
+            return (
+                "makes its weight from other parameters (weight norm, for example), which this rule cannot follow; "
+                "remove the parametrisation"
+            )
+        if module.weight is not None and module.weight.is_complex():
+            return "has complex weights, for which this rule is not defined; split them into real and imaginary parts"
     for own in _matrices(module):
         full = f"{name}.{own}".lstrip(".")
         if full not in added:
@@ -475,10 +2551,12 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 def _require_plain(network: nn.Module) -> None:
-    """Raise TypeError for what cannot be copied: scripted modules, and lazy ones that have not seen their input."""
+    """Raise TypeError for what cannot be copied: scripted or compiled modules, lazy ones that have not seen an input."""
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name or 'the network'} is scripted; make the rule on the module before torch.jit.script")
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise TypeError(f"{name or 'the network'} is compiled; make the rule on the module, and compile the rule")
     for name, parameter in network.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise TypeError(f"{name} has no shape yet; call the network on a batch before making the rule")
@@ -492,619 +2570,41 @@ def _require_parameters(network: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"the network has no parameter {name!r}; it has {', '.join(known)}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the rules
-
-
-class Rule(nn.Module):
-    """A network with a learning rule: called, it gives the network's own output; differentiated, the rule's gradient.
-
-    Args:
-        network: any torch.nn.Module that returns one tensor. It is not changed; its parameters are the ones that learn.
-
-    Where gradients are disabled (torch.no_grad) a rule just calls the network. `state_dict` holds what the rule keeps.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.examined = False  # by the first call
-
-    def forward(self, *inputs, **keywords) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.network(*inputs, **keywords)
-        output = self.attached(*inputs, **keywords)
-        if not self.examined and not torch.compiler.is_compiling():
-            self.examine(output)
-            self.examined = True
-        return output
-
-    def examine(self, output) -> None:
-        """Raise TypeError for what shows only in the graph behind the first output."""
-        nodes, seen = [tensor.grad_fn for tensor in _tensors_in((output,))], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise TypeError(
-                    "the network checkpoints activations (torch.utils.checkpoint): it runs again in the backward pass, "
-                    f"where this rule cannot follow it; switch that off ({ANYTHING})"
-                )
-            nodes.extend(following for following, _ in node.next_functions)
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        """The network's output with the rule's gradient."""
-        raise NotImplementedError
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        """What stands in for the layers' weights when errors go back, by the weights' names; empty if nothing does."""
-        return {}
-
-
-class Backprop(Rule):
-    """Gradient descent as it is, for comparison."""
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        return self.network(*inputs, **keywords)
-
-    def examine(self, output) -> None:
-        pass  # whatever it is
-
-
-class LastLayer(Rule):
-    """Only the readout learns; no graph is kept below it.
-
-    Args:
-        learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
-            A network whose layers cannot be followed needs them named.
+def _named_weights(network: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
+    """The names of these layers' weights.
 
     Raises:
-        TypeError: as for FeedbackAlignment, where `learns` is not given.
-        ValueError: a name in `learns` is no parameter or module with parameters of the network.
+        ValueError: the network has no such layer.
     """
+    names = tuple(f"{name}.weight".lstrip(".") for name in layers)
+    if unknown := set(names) - set(layer_weights(network)):
+        raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
+    return names
 
-    def __init__(self, network: nn.Module, learns: Iterable[str] | None = None):
-        super().__init__(network)
-        if learns is None:
-            _require_layers(network, remedy="or name what learns: learns=(...)")
-            learns = [list(layer_weights(network))[-1].removesuffix("weight").removesuffix(".")]
-        names = dict(network.named_parameters(remove_duplicate=False))  # a shared one by each of its names
-        for place in learns:
-            if not any(_within(name, place) for name in names):
-                raise ValueError(f"the network has no parameter {place!r}; it has {', '.join(names)}")
-        learning = {id(p) for name, p in names.items() if any(_within(name, place) for place in learns)}
-        self.learns = tuple(name for name, p in network.named_parameters() if id(p) in learning)
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        frozen = {name: p.detach() for name, p in self.network.named_parameters() if name not in self.learns}
-        return functional_call(self.network, frozen, inputs, keywords)
+def _within(name: str, place: str) -> bool:
+    return not place or name == place or name.startswith(f"{place}.")  # "" is the network itself
 
-    def examine(self, output) -> None:
-        pass  # nothing below the readout learns
 
+def _one_tensor(output) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the network returns a {type(output).__name__}, but this rule needs one tensor")
+    return output
 
-class FeedbackAlignment(Rule):
-    """The error goes back through fixed random weights in place of the transposed ones (Lillicrap et al., 2016).
 
-    Args:
-        feedback: one tensor per layer weight, by the weight's name and of its shape. Default: drawn from a normal
-            distribution with the standard deviation that the weight has now.
-        generator: for that draw.
-        added: names of parameters with two or more dimensions, held by modules of your own, that are added to
-            activities and do not multiply them: position embeddings, initial states. (Those whose first dimension is 1
-            need not be named.)
+# ---------------------------------------------------------------------------------------- the engine: tensors in values
 
-    Raises:
-        TypeError: the network has no layers, or keeps weights where the rule cannot follow them (module docstring); at
-            a call, it multiplies activities by a learned tensor outside its layers.
-        ValueError: `feedback` does not fit the weights of the network; an unknown name in `added`.
-    """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        feedback: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
-    ):
-        super().__init__(network)
-        _require_layers(network, tuple(added))
-        weights = layer_weights(network)
-        if feedback is None:
-            feedback = {name: _normal_like(w, w.detach().std(), generator) for name, w in weights.items()}
-        expected = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if (given := {name: tuple(B.shape) for name, B in feedback.items()}) != expected:
-            raise ValueError(f"feedback weights must have the names and shapes {expected}, not {given}")
-        self.feedback = _Buffers([feedback[name].detach().clone() for name in weights])
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        with _FeedbackPass(self.network, self.feedback_weights()):
-            return self.network(*inputs, **keywords)
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        return dict(zip(layer_weights(self.network), self.feedback, strict=True))
-
-
-class _FeedbackPass(_Pass):
-    def layer(self, linear_map, options, source):
-        layer_input = options.pop("input")
-        output = linear_map(input=layer_input.detach(), **options)
-        if not layer_input.requires_grad:
-            return output
-        options = {name: value for name, value in options.items() if name not in ("weight", "bias")}
-        return _Transport.apply(
-            output, layer_input, _transpose(linear_map, options, source.stand_in, layer_input.shape)
-        )
-
-
-class AlignProp(FeedbackAlignment):
-    """Feedback alignment with the initial weights as feedback weights. `added` and errors as for FeedbackAlignment."""
-
-    def __init__(self, network: nn.Module, added: Iterable[str] = ()):
-        _require_plain(network)
-        super().__init__(network, layer_weights(network), added=added)
-
-
-class DirectFeedbackAlignment(Rule):
-    """The error e at the output goes straight to every block through a fixed random weight (Nokland, 2016).
-
-    A block is a layer with what follows it, up to and including the first activation function; without one, up to the
-    next layer. e lands on the block's activity and goes back to its parameters through the block's current derivatives.
-
-    Args:
-        feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
-            (outputs, channels) to project activities averaged over their positions. Default: drawn at the first call,
-            normal with standard deviation 1/sqrt(entries of an activity).
-        pooled: draw the default feedback for activities averaged over their positions.
-        generator: for that draw.
-        added: as for FeedbackAlignment.
-
-    Raises:
-        TypeError: as for FeedbackAlignment.
-        ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, or an
-            activity's first dimension is not the output's (the batch); an unknown name in `added`.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        feedback: Iterable[Tensor] | None = None,
-        pooled: bool = False,
-        generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
-    ):
-        super().__init__(network)
-        _require_layers(network, tuple(added))
-        self.pooled, self.generator = pooled, generator
-        self.feedback = _Buffers([] if feedback is None else [B.detach().clone() for B in feedback])
-        self.drawn = feedback is not None
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        # e does not go back to the inputs either; a gradient there would make them a block.
-        inputs, keywords = _detached(inputs), _detached(keywords)
-        with (blocks := _DirectPass(self.network)):
-            output = _one_tensor(self.network(*inputs, **keywords))
-        if not output.dim():
-            raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
-        if not output.requires_grad:
-            raise ValueError(
-                "the network ends in an activation function, behind which its last layer would not see its own error; "
-                "apply that function outside the network"
-            )
-        if not self.drawn:
-            self._draw(output, blocks.activities)
-        self._check(output, blocks.activities)
-        return _Broadcast.apply(output, list(self.feedback), *blocks.activities)
-
-    def _draw(self, output: Tensor, activities: list[Tensor]) -> None:
-        outputs = output[0].numel()
-        for activity in activities:
-            shape = activity.shape[1:2] if self.pooled else activity.shape[1:]
-            empty = torch.empty(outputs, *shape, dtype=activity.dtype, device=activity.device)
-            self.feedback.append(_normal_like(empty, shape.numel() ** -0.5, self.generator))
-        self.drawn = True
-
-    def _check(self, output: Tensor, activities: list[Tensor]) -> None:
-        outputs = output[0].numel()
-        if any(activity.shape[0] != output.shape[0] for activity in activities):
-            raise ValueError(
-                "DirectFeedbackAlignment needs activities whose first dimension is the output's, the batch"
-            )
-        shapes = [(outputs, *activity.shape[1:]) for activity in activities]
-        given = [tuple(B.shape) for B in self.feedback]
-        fits = [B in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=False)]
-        if len(given) != len(shapes) or not all(fits):
-            raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        # Weights drawn at the first call are not there yet when a checkpoint is loaded into a fresh rule.
-        stored = [name for name in state_dict if name.startswith(f"{prefix}feedback.")]
-        if not self.drawn and stored:
-            like = next(iter(layer_weights(self.network).values()))
-            for k in range(len(stored)):
-                self.feedback.append(like.new_empty(state_dict[f"{prefix}feedback.{k}"].shape))
-            self.drawn = True
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-class _DirectPass(_Pass):
-    """Cuts the network behind every block; what still has a gradient in front of a cut belongs to the block."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__(network)
-        self.activities: list[Tensor] = []
-
-    def activation(self, function, arguments, keywords):
-        # Behind no layer: an activation function of a parameter is part of the block that uses it.
-        if not arguments[0].requires_grad or self.find(arguments[0]) is not None:
-            return function(*arguments, **keywords)
-        activate, argument = _out_of_place(function, arguments, keywords)
-        landed = self.land(activate(argument))
-        return landed if argument is arguments[0] else arguments[0].detach_().copy_(landed)
-
-    def layer(self, linear_map, options, source):
-        if options["input"].requires_grad:
-            options["input"] = self.land(options["input"])
-        output = linear_map(**options)
-        # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
-        return output if output.requires_grad else output.detach().requires_grad_()
-
-    def land(self, activity: Tensor) -> Tensor:
-        self.activities.append(activity)
-        return activity.detach()
-
-
-class _FromInitial(Rule):
-    """A rule that keeps the network as it was when the rule was made, in `initial`.
-
-    Args:
-        live: names of parameters that the initial network reads at their current value, because they are activities
-            and not weights: the learned initial state of a recurrent network.
-    """
-
-    def __init__(self, network: nn.Module, live: Iterable[str] = ()):
-        super().__init__(network)
-        _require_plain(network)
-        self.initial = copy.deepcopy(network).requires_grad_(False)
-        self.initial.zero_grad()
-        self.live = tuple(live)
-        _require_parameters(network, self.live)
-
-    def prepare_initial(self) -> None:
-        """Put every module of the initial network into the mode, train or eval, of the same one in the network.
-
-        And freeze it again, where `rule.requires_grad_()` was meant for the network.
-        """
-        for parameter in self.initial.parameters():
-            if parameter.requires_grad and parameter.is_leaf:
-                parameter.requires_grad_(False)
-        for module, current in zip(self.initial.modules(), self.network.modules(), strict=True):
-            if module.training != current.training:
-                module.training = current.training
-
-    def feedback_weights(self) -> dict[str, Tensor]:
-        return layer_weights(self.initial)
-
-
-class _CopiedPass(TorchFunctionMode):
-    """A run of the initial network that must not use the current one's parameters, but for live ones."""
-
-    def __init__(self, network: nn.Module, live: Iterable[str]):
-        super().__init__()
-        self.foreign = {id(parameter) for name, parameter in network.named_parameters() if name not in live}
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        _require_copied((arguments, keywords or {}), self.foreign)
-        return function(*arguments, **(keywords or {}))
-
-
-def _require_copied(values, foreign: set[int]) -> None:
-    if any(isinstance(tensor, nn.Parameter) and id(tensor) in foreign for tensor in _tensors_in(values)):
-        raise TypeError(
-            "the copy of the network uses the original's parameters, because a function that it holds refers to the "
-            "original (a lambda or a replaced `forward`); refer to modules through self"
-        )
-
-
-class AlignZero(_FromInitial):
-    """The gradient of the initial network at the current error: J(theta0)^T e, applied to the current parameters.
-
-    output = sg(f) + f0 - sg(f0), and d(output)/d(theta0) is what theta gets. Takes any network, fused modules included.
-    """
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        repeat = _Repeat(self.network)
-        with torch.no_grad():
-            output = _one_tensor(self.network(*inputs, **keywords))
-        with repeat:
-            return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
-
-    def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
-        """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
-        self.prepare_initial()
-        initial = dict(self.initial.named_parameters())
-        routed = {
-            name: parameter if name in self.live else swap_grad(initial[name], parameter)
-            for name, parameter in target.named_parameters()
-            if parameter.requires_grad
-        }
-        with contextlib.nullcontext() if self.examined else _CopiedPass(target, self.live):
-            return functional_call(self.initial, routed, inputs, keywords)
-
-
-class AlignAda(_FromInitial):
-    """The initial network's error, paired with the current network's activities.
-
-    Args:
-        coupling: "preactivation" or "activity", where the error enters the current network (module docstring).
-        live: as for AlignZero.
-        uncoupled: names of layers whose input gets no error (the published recurrent rule leaves out its readout).
-        added: as for FeedbackAlignment; the names in `live` count as well.
-
-    Raises:
-        TypeError: as for FeedbackAlignment.
-        ValueError: an unknown coupling or name.
-        RuntimeError: at a call, the initial network called other layers than the current one.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        coupling: str = "preactivation",
-        live: Iterable[str] = (),
-        uncoupled: Iterable[str] = (),
-        added: Iterable[str] = (),
-    ):
-        live = tuple(live)
-        _require_layers(network, (*added, *live))
-        super().__init__(network, live)
-        if coupling not in ("preactivation", "activity"):
-            raise ValueError(f"coupling must be 'preactivation' or 'activity', not {coupling!r}")
-        self.coupling = coupling
-        self.uncoupled = tuple(f"{name}.weight" for name in uncoupled)
-        if unknown := set(self.uncoupled) - set(layer_weights(network)):
-            raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        self.prepare_initial()
-        repeat = _Repeat(self.network)
-        with (current := _CurrentPass(self.network)):
-            output = _one_tensor(self.network(*inputs, **keywords))
-        # Live values reach the current network with their gradient; a second way to them would count it twice.
-        live = {name: self.network.get_parameter(name).detach() for name in self.live}
-        with repeat, (initial := _InitialPass(self, current.calls)):
-            copied = functional_call(self.initial, live, _detached(inputs), _detached(keywords))
-        initial.finish()
-        return couple(output, copied)
-
-
-class _Activity(NamedTuple):
-    """What a tensor remembers if it came out of an activation function: tensor = function(argument).
-
-    `argument` shares its content with the tensor that the network has, but not what becomes of that one's gradient if
-    the network changes it in place afterwards. `versions` are those of argument and tensor when they were made, by
-    which such changes show.
-    """
-
-    argument: Tensor
-    function: Callable[[Tensor], Tensor]
-    versions: tuple[int, int]
-
-
-def _activity(tensor: Tensor) -> _Activity | None:
-    """Where the tensor came from; None if it has been changed since."""
-    activity = getattr(tensor, "_activity", None)
-    return activity if activity is not None and activity.versions[1] == _version(tensor) else None
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts changes of a tensor's content in place; a compiled graph has no such count, and sees them by name."""
-    return 0 if torch.compiler.is_compiling() else tensor._version
-
-
-class _ActivityPass(_Pass):
-    """Remembers of every activity the activation function that it came out of, and that function's argument."""
-
-    def activation(self, function, arguments, keywords):
-        activate, argument = _out_of_place(function, arguments, keywords)
-        result = activate(argument)
-        if argument is not arguments[0]:
-            result = arguments[0].copy_(result)
-        argument = swap_grad(argument, argument)
-        result._activity = _Activity(argument, activate, (_version(argument), _version(result)))
-        return result
-
-    def other(self, function, arguments, keywords):
-        result = function(*arguments, **keywords)
-        if function in RESHAPES and result is not arguments[0] and (activity := _activity(arguments[0])):
-            inner, versions = activity.function, (activity.versions[0], _version(result))
-            reshaped = lambda tensor: function(inner(tensor), *arguments[1:], **keywords)  # noqa: E731
-            result._activity = _Activity(activity.argument, reshaped, versions)
-        elif (_in_place(function) or keywords.get("inplace")) and _activity(arguments[0]):
-            arguments[0]._activity = None  # it is no longer what came out of the activation function
-        return result
-
-
-class _Call(NamedTuple):
-    """A call of a layer in the current network."""
-
-    name: str
-    layer_input: Tensor
-    activity: _Activity | None
-
-
-class _CurrentPass(_ActivityPass):
-    """Cuts the current network at the input of every layer, and remembers what was there."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__(network)
-        self.calls: list[_Call] = []
-
-    def layer(self, linear_map, options, source):
-        layer_input = options["input"]
-        self.calls.append(_Call(source.parameter, layer_input, _activity(layer_input)))
-        options["input"] = layer_input.detach()
-        return linear_map(**options)
-
-
-class _InitialPass(_ActivityPass):
-    """Couples the input of every layer of the initial network with that of the same call in the current network."""
-
-    remedy = "AlignAda needs a network whose order of calls does not depend on its parameters"
-
-    def __init__(self, rule: AlignAda, calls: list[_Call]):
-        super().__init__(rule.initial)
-        self.rule, self.calls, self.made = rule, calls, 0
-        self.foreign = {id(parameter) for parameter in rule.network.parameters()}
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        _require_copied((arguments, keywords or {}), self.foreign)
-        return super().__torch_function__(function, types, arguments, keywords)
-
-    def layer(self, linear_map, options, source):
-        call, name = self.calls[self.made] if self.made < len(self.calls) else None, source.parameter
-        self.made += 1
-        if call is None or call.name != name:
-            raise RuntimeError(f"the initial network calls {name} where the current one does not: {self.remedy}")
-        if name not in self.rule.uncoupled:
-            options["input"] = self.coupled(options["input"], call)
-        return linear_map(**options)
-
-    def coupled(self, layer_input: Tensor, call: _Call) -> Tensor:
-        readout = call.name == self.calls[-1].name
-        if self.rule.coupling == "activity" or readout or call.activity is None:
-            return couple(layer_input, call.layer_input)
-        activity = _activity(layer_input)
-        if activity is None or activity.versions[0] != _version(activity.argument):
-            raise RuntimeError(
-                f"the argument of the activation function in front of {call.name} is changed in place before that "
-                "layer is called, but AlignAda still needs it; write the change out of place (x = x + y for x += y)"
-            )
-        return activity.function(couple(activity.argument, call.activity.argument))
-
-    def finish(self) -> None:
-        if self.made != len(self.calls):
-            missed = self.calls[self.made].name
-            raise RuntimeError(f"the current network calls {missed} where the initial one does not: {self.remedy}")
-
-
-RULES: dict[str, type[Rule]] = {
-    "backprop": Backprop,
-    "last_layer": LastLayer,
-    "fa": FeedbackAlignment,
-    "dfa": DirectFeedbackAlignment,
-    "align_prop": AlignProp,
-    "align_ada": AlignAda,
-    "align_zero": AlignZero,
-}
-
-
-# --------------------------------------------------------------------------------------------------------- alignment
-
-
-def gradient_angles(
-    rule: Rule, loss_function: Callable[[Tensor], Tensor], *inputs, **keywords
-) -> dict[str, float | None]:
-    """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
-
-    To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
-    autocast where the rule was. It changes neither .grad, parameters, buffers (running statistics) nor the state of the
-    generators of random numbers. Dropout draws masks other than the step's, unless that state is first put back to
-    what it was before the step.
-
-    Args:
-        loss_function: from the network's output to the loss, a scalar.
-
-    Returns:
-        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two gradients is missing or zero.
-    """
-    network, weights = rule.network, layer_weights(rule.network)
-    learning = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with torch.enable_grad(), _Repeat(network):
-        loss = loss_function(functional_call(network, buffers, inputs, keywords))
-        with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
-            exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
-    exact = dict(zip(learning, exact, strict=True))
-    return {name: _angle(weight.grad, exact.get(name)) for name, weight in weights.items()}
-
-
-def feedback_angles(rule: Rule) -> dict[str, float | None]:
-    """Angles between the weights that errors go back through and the current ones, as they stand.
-
-    Errors go back through B in FeedbackAlignment and through the initial weights in AlignProp, AlignAda and AlignZero.
-
-    Returns:
-        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two is zero. Empty for rules
-        without weights to compare (Backprop, LastLayer, DirectFeedbackAlignment).
-    """
-    weights = layer_weights(rule.network)
-    return {name: _angle(feedback, weights[name]) for name, feedback in rule.feedback_weights().items()}
-
-
-def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
-    """Between two tensors as vectors, in degrees; None where it is undefined."""
-    if one is None or other is None:
-        return None
-    one, other = one.detach().double().flatten(), other.detach().double().flatten()
-    if not one.any() or not other.any():
-        return None
-    one, other = one / one.norm(), other / other.norm()
-    # Exact for small angles too, unlike the arc cosine (Kahan, 2006, "How futile are mindless assessments").
-    return math.degrees(2 * math.atan2((one - other).norm().item(), (one + other).norm().item()))
-
-
-class _Buffers(nn.Module):
-    """A list of tensors that move and are saved with the module that holds them."""
-
-    def __init__(self, tensors: Iterable[Tensor]):
-        super().__init__()
-        for tensor in tensors:
-            self.append(tensor)
-
-    def append(self, tensor: Tensor) -> None:
-        self.register_buffer(str(len(self)), tensor)
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __iter__(self):
-        return iter(self._buffers.values())
-
-
-class _Repeat:
-    """Made before a pass and entered for the next, it makes both draw the same random numbers, for dropout."""
-
-    def __init__(self, network: nn.Module):
-        # Reading the state breaks a compiled graph; outside one it costs microseconds, and any function may draw.
-        dropout = any(isinstance(module, _DropoutNd) and module.training for module in network.modules())
-        self.needed = dropout or not torch.compiler.is_compiling()
-        if self.needed:
-            self.devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
-            self.state = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
-
-    def __enter__(self):
-        if self.needed:
-            self.fork = torch.random.fork_rng(self.devices)
-            self.fork.__enter__()
-            torch.set_rng_state(self.state[0])
-            for device, state in zip(self.devices, self.state[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
-
-    def __exit__(self, *error):
-        if self.needed:
-            self.fork.__exit__(*error)
-
-
-def _map_tensors(function: Callable[[Tensor], Any], values):
-    """The same values, with the function applied to every tensor in them, in tuples, lists and dictionaries too."""
+def _map_arguments(function: Callable[[Tensor], Any], values):
+    """The arguments of one of torch's functions, with the function applied to every tensor in them."""
     if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, dict):
-        return {name: _map_tensors(function, value) for name, value in values.items()}
+        return {name: _map_arguments(function, value) for name, value in values.items()}
     if type(values) in (tuple, list):
-        return type(values)(_map_tensors(function, value) for value in values)
+        return type(values)(_map_arguments(function, value) for value in values)
+    if isinstance(values, tuple) and hasattr(values, "_make"):
+        return type(values)._make(_map_arguments(function, value) for value in values)
     return values
 
 
@@ -1119,21 +2619,20 @@ def _tensors_in(values) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors_in(value)]
 
 
-def _detached(values):
-    """The same values, with every tensor in them cut from its graph."""
-    return _map_tensors(Tensor.detach, values)
+def _map_tensors(function: Callable[[Tensor], Any], values):
+    """What a user hands over, with the function applied to every tensor in it: in all containers that torch knows
+    (torch.utils._pytree), named tuples such as PackedSequence, dataclasses and the like."""
 
+    def mapped(value):
+        if isinstance(value, Tensor):
+            return function(value)
+        if isinstance(value, tuple) and hasattr(value, "_make"):
+            return type(value)._make(_map_tensors(function, part) for part in value)
+        if (dataclasses.is_dataclass(value) and not isinstance(value, type)) or isinstance(value, collections.UserDict):
+            twin = copy.copy(value)
+            for name, part in vars(value).items():
+                object.__setattr__(twin, name, _map_tensors(function, part))
+            return twin
+        return value
 
-def _one_tensor(output) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the network returns a {type(output).__name__}, but this rule needs one tensor")
-    return output
-
-
-def _within(name: str, place: str) -> bool:
-    return not place or name == place or name.startswith(f"{place}.")  # "" is the network itself
-
-
-def _normal_like(tensor: Tensor, std: float | Tensor, generator: torch.Generator | None) -> Tensor:
-    drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return (drawn * float(std)).to(tensor.device)
+    return pytree.tree_map(mapped, values)
