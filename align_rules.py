@@ -96,7 +96,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -112,8 +111,8 @@ class _Couple(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor):
+        _require_once()
         return gradient, gradient
 
 
@@ -137,8 +136,8 @@ class _Transport(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor):
+        _require_once()
         sent = ctx.transpose(gradient)
         return gradient, sent if sent.dtype == ctx.dtype else sent.to(ctx.dtype), None
 
@@ -155,14 +154,22 @@ class _Substitute(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor):
+        _require_once()
         return None, None, *ctx.gradients(gradient)
 
 
 def substitute(output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], receivers: list[Tensor]) -> Tensor:
     """The value `output`; its gradient e goes to the receivers, as `gradients(e)`, one for each."""
     return _Substitute.apply(output.detach(), gradients, *receivers)
+
+
+def _require_once() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a rule's gradient cannot be differentiated again (create_graph=True, as for gradient penalties): it is the "
+            "gradient of nothing; only Backprop allows it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -225,6 +232,9 @@ class Backprop(Rule):
 class LastLayer(Rule):
     """Only the readout learns, by e a^T; no graph is kept below it.
 
+    The output is the network's own to the last bit but for products of activities with each other (attention), which
+    torch may compute in another order where they have no gradient.
+
     Args:
         learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
             A network whose layers cannot be followed needs them named.
@@ -247,12 +257,9 @@ class LastLayer(Rule):
         self.learns = tuple(name for name, p in network.named_parameters() if id(p) in learning)
 
     def attached(self, *inputs, **keywords) -> Tensor:
-        learning = [p for name, p in self.network.named_parameters() if name in self.learns]
-        frozen = {id(p): _leaf(p) for name, p in self.network.named_parameters() if name not in self.learns}
-        with _holding(self.network, frozen), _Graphless(learning):
-            output = self.network(*inputs, **keywords)
-        # Where no parameter that learns was used, as for an output that does not depend on the readout.
-        return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
+        frozen = [p for name, p in self.network.named_parameters() if name not in self.learns]
+        with _WithoutGraph(self.network, frozen):
+            return self.network(*inputs, **keywords)
 
 
 class FeedbackAlignment(Rule):
@@ -733,8 +740,11 @@ class AlignZero(_FromInitial):
             for name, parameter in target.named_parameters()
             if parameter.requires_grad
         }
-        with _holding(self.initial, routed), _CopiedPass(target, routed, self.live):
-            return self.initial(*inputs, **keywords)
+        foreign = [p for name, p in target.named_parameters() if name not in self.live]
+        with _Routed(self.initial, routed, foreign, everything=not self.known.sequences):
+            output = self.initial(*inputs, **keywords)
+        self.known.sequences.add(0)
+        return output
 
 
 class AlignAda(_FromInitial):
@@ -946,13 +956,7 @@ def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights that a rule treats as layers', by name, in order of registration; a shared one once."""
-    weights, seen = {}, set()
-    for name, module in network.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, LAYERS) else None
-        if weight is not None and id(weight) not in seen:
-            seen.add(id(weight))
-            weights[f"{name}.weight".lstrip(".")] = weight
-    return weights
+    return _Inventory(network).layers
 
 
 # --------------------------------------------------------------------------------------------------- feedback weights
@@ -1014,6 +1018,48 @@ def _magnitudes(weight: Tensor, generator: torch.Generator | None, draw: bool = 
 # --------------------------------------------------------------------------------- the engine: a network's calls, seen
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Inventory:
+    """What the modules of a network hold, in one walk: `places` of its tensors, as (who holds it, by what name, the
+    tensor); `parameters` by name and `buffers`, each once; and `layers`, those of them that are layers' weights."""
+
+    def __init__(self, network: nn.Module):
+        self.places: list[tuple[dict, str, Tensor]] = []
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: list[Tensor] = []
+        self.layers: dict[str, Tensor] = {}
+        seen, layers = set(), set()
+        for name, module in network.named_modules():
+            prefix = f"{name}." if name else ""
+            for key, tensor in module._parameters.items():
+                if tensor is None:
+                    continue
+                self.places.append((module._parameters, key, tensor))
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self.parameters[prefix + key] = tensor
+                if key == "weight" and isinstance(module, LAYERS) and id(tensor) not in layers:
+                    layers.add(id(tensor))
+                    self.layers[prefix + key] = tensor
+            for key, tensor in module._buffers.items():
+                if tensor is not None:
+                    self.places.append((module._buffers, key, tensor))
+                    self.buffers.append(tensor)
+
+    @contextlib.contextmanager
+    def holding(self, twins: Mapping[int, Tensor]):
+        """The network's modules hold these tensors in the place of their own, given by id."""
+        swapped = [place for place in self.places if id(place[2]) in twins]
+        for holder, key, tensor in swapped:
+            holder[key] = twins[id(tensor)]
+        try:
+            yield
+        finally:
+            for holder, key, tensor in swapped:
+                holder[key] = tensor
+
+
 LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 ACTIVATIONS = {
@@ -1156,7 +1202,7 @@ def _inplace_position(function: Callable) -> int:
 
 def _in_place(function: Callable, arguments: tuple = (), keywords: Mapping = {}) -> bool:
     """Whether a call changes its first argument, or what it is given as `out`."""
-    name = function.__name__.partition(".")[0]
+    name = getattr(function, "__name__", "").partition(".")[0]
     if name.startswith("__"):
         if name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")):
             return True
@@ -1236,15 +1282,17 @@ class _Pass:
     def __init__(
         self, rule: Rule, network: nn.Module, layer, activation=None, *, stand_ins=None, twins=None, everything=False
     ):
-        self.rule, self.network = rule, network
+        self.rule, self.network, self.own = rule, network, _Inventory(network)
         self.layer, self.activation = layer, activation
         self.hooks, self.start = _saved_tensor_hooks(), _sequence_number()
-        everything = everything or activation is not None or rule.known.everything or not _watchable(network)
+        everything = everything or activation is not None or rule.known.everything
+        everything = everything or not _watchable(self.own.parameters.values())
         self.all, twins = everything or not rule.known.sequences, twins or {}
         if not everything:
-            twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in network.parameters()}
+            own = self.own.parameters.values()
+            twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in own}
         self.held = {} if everything else twins
-        self.sources = _Sources(network, stand_ins or {}, twins, None if everything else self)
+        self.sources = _Sources(self.own, stand_ins or {}, twins, None if everything else self)
         self.functions: list[Callable] = []
         self.with_own: list[Callable] = []  # those of them that were given parameters
         self.followed = set()  # nodes of the graph behind which lies nothing unseen: layers, rows that are looked up
@@ -1252,7 +1300,7 @@ class _Pass:
 
     def __enter__(self):
         self.context = contextlib.ExitStack()
-        self.context.enter_context(_holding(self.network, self.held))
+        self.context.enter_context(self.own.holding(self.held))
         if self.all:
             self.context.enter_context(_Watch(self))
         return self
@@ -1332,7 +1380,7 @@ class _Pass:
         return function(*arguments, **keywords)
 
     def refuse(self, misused: "_Source", function) -> None:
-        used = f"{misused.name!r} in torch.{function.__name__.strip('_')}"
+        used = f"{misused.name!r} in torch.{_name(function).strip('_')}"
         # An operator that is refused is tried once more with its sides exchanged: the first says more.
         self.refusal = self.refusal or (
             f"the network uses its parameter {used}, outside a torch.nn.Linear or Conv layer, where this rule "
@@ -1350,7 +1398,7 @@ class _Pass:
         if sequence in self.rule.known.sequences:
             return
         roots = [tensor.grad_fn for tensor in _tensors_in((output,))] + [edge.node for edge in self.cuts()]
-        names = {id(p): name for name, p in self.network.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in self.own.parameters.items() if p.requires_grad}
         names |= {id(p): name for name, p in self.sources.layers.items() if p.requires_grad}
         for node, through in _ends_of_graph(roots, self.followed, self.start):
             self.require_followed(names.get(id(getattr(node, "variable", None))), node, through)
@@ -1455,7 +1503,7 @@ class _Replay(_Pass):
         super().__init__(rule, initial, self.coupled, twins=live, everything=not current.held)
         self.all, self.held = current.all, self.held or live
         self.current, self.places, self.made = current, places, 0
-        self.foreign = {id(parameter) for parameter in current.network.parameters()}
+        self.foreign = {id(parameter) for parameter in current.own.parameters.values()}
         self.steps = {step.index: (step, before) for place in places if place is not None
                       for before, step in zip((None, *place.steps), place.steps, strict=False)}  # fmt: skip
         self.shadows: dict[tuple[int, int], _Shadow] = {}  # by a step's index and number
@@ -1471,7 +1519,7 @@ class _Replay(_Pass):
     def count(self, function) -> None:
         number, expected = len(self.functions), self.current.functions
         if number >= len(expected) or expected[number] != function:
-            raise self.differs(f"calls torch.{function.__name__.strip('_')}")
+            raise self.differs(f"calls torch.{_name(function).strip('_')}")
         super().count(function)
 
     def differs(self, what: str) -> RuntimeError:
@@ -1634,7 +1682,7 @@ class _Origins:
     def rearranges(self, index: int, function, arguments, keywords, positions: tuple[int, ...]) -> bool:
         if function in REARRANGING:
             return True
-        if function.__name__.strip("_").partition(".")[0].rstrip("_") in ARITHMETIC:
+        if _name(function).strip("_") in ARITHMETIC:
             return False
         known = self.rearranging.get(index)
         if known is None or known[0] != function:
@@ -1810,20 +1858,20 @@ class _Sources:
     """The network's own tensors, and what a pass makes of them before they meet an activity (scaled, cast, reshaped or
     split weights), and with their stand-ins the same."""
 
-    def __init__(self, network: nn.Module, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor], watcher):
-        self.layers, self.twins, self.watcher = layer_weights(network), twins, watcher
+    def __init__(self, own: _Inventory, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor], watcher):
+        self.layers, self.twins, self.watcher = own.layers, twins, watcher
         self.strays = False  # whether some were met past the network's modules, or can be known only by every call
         self.forbidden: set[int] = set()
         self.known: dict[int, tuple[Tensor, _Source]] = {}  # by id; the tensors stay alive, so that their ids do
-        for buffer in network.buffers():
+        for buffer in own.buffers:
             self.known[id(buffer)] = buffer, _Source()
-        for name, parameter in network.named_parameters():
+        for name, parameter in own.parameters.items():
             self.known[id(parameter)] = parameter, _Source(name if parameter.requires_grad else None)
         for name, weight in self.layers.items():
             self.known[id(weight)] = weight, _Source(name, True, weight.requires_grad, stand_ins.get(name))
         self.own = set(self.known)
-        for own, twin in twins.items():
-            self.known[id(twin)] = twin, self.known[own][1]
+        for key, twin in twins.items():
+            self.known[id(twin)] = twin, self.known[key][1]
             self.own.add(id(twin))
 
     def forbid(self, tensors: Iterable[Tensor]) -> None:
@@ -1884,7 +1932,7 @@ class _Sources:
         if not results:
             return result
         sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
-        name = function.__name__
+        name = _name(function)
         multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
         learned = [source for source in multiplied if source.name is not None]
         if None not in sources and name not in LOOKUPS:
@@ -1903,8 +1951,7 @@ class _Sources:
 
     def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
         """Where the tensors come from that the function multiplies, if it is a product."""
-        name = function.__name__.partition(".")[0]
-        name = name if name.startswith("_") else name.rstrip("_")
+        name = _name(function)
         if name not in PRODUCTS:
             return []
         named = {key: value for key, value in keywords.items() if key not in NOT_MULTIPLIED}
@@ -1943,6 +1990,12 @@ class _Sources:
             return tensor.detach() if stand_in is None else stand_in
 
         return _map_arguments(replace, values)
+
+
+def _name(function: Callable) -> str:
+    """By which PRODUCTS and others know a function: without the underscore of those that change their argument."""
+    name = getattr(function, "__name__", type(function).__name__).partition(".")[0]
+    return name if name.startswith("_") else name.rstrip("_")
 
 
 CONTAINERS = {tuple, list, dict}
@@ -2086,94 +2139,93 @@ def _autograd_function() -> type | None:
     return None
 
 
-class _Graphless(TorchFunctionMode):
-    """A run of a network in which only what `learning` tensors take part in has a graph.
+class _WithoutGraph:
+    """A run of a network in which these of its parameters have no gradient, and products with them are computed as if
+    they had: torch multiplies matrices in another order, with other rounding, where none is wanted."""
 
-    Everything else is computed as if gradients were wanted, for torch multiplies matrices in another order, with other
-    rounding, where they are not; and its graph is dropped at once, so that it has a gradient as leaves do.
+    def __init__(self, network: nn.Module, frozen: Iterable[Tensor]):
+        self.twins = {id(p): self.twin(p.detach(), p.requires_grad, p) for p in frozen}
+        self.holding = _Inventory(network).holding(self.twins)
+
+    def __enter__(self):
+        self.holding.__enter__()
+
+    def __exit__(self, *error):
+        self.holding.__exit__(*error)
+
+    def twin(self, tensor: Tensor, with_gradient: bool, like: Tensor | None = None) -> Tensor:
+        if not _watchable((tensor,)):
+            return tensor
+        twin = _watched(tensor, self)
+        twin._with_gradient = with_gradient
+        return twin if like is None else _named_like(like, twin)
+
+    def called(self, function, arguments, keywords):
+        tensors = _tensors_in((arguments, keywords))
+        if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
+            return function(*arguments, **keywords)
+        if _name(function) in PRODUCTS and not _in_place(function, arguments, keywords):
+            return _map_arguments(
+                Tensor.detach, function(*_map_arguments(self.leaf, arguments), **_map_arguments(self.leaf, keywords))
+            )
+        result = function(*arguments, **keywords)
+        if not all(type(tensor) is _Watched for tensor in tensors):
+            return result
+        with_gradient = any(tensor._with_gradient for tensor in tensors)
+        return _map_arguments(lambda t: t if type(t) is _Watched else self.twin(t, with_gradient), result)
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        wanted = type(tensor) is _Watched and tensor._with_gradient and tensor.is_floating_point()
+        return tensor.detach().requires_grad_() if wanted else tensor
+
+
+class _Routed:
+    """A run of AlignZero's initial network, which must use its own parameters, as they are routed, and none else.
+
+    Args:
+        routed: what its modules hold in the place of their parameters, by the ids of those.
+        foreign: the current network's parameters, which a copied function may still refer to.
+        everything: see every call of torch's functions, and not only those that are given routed parameters.
     """
 
-    def __init__(self, learning: Iterable[Tensor]):
-        super().__init__()
-        self.learning = {id(tensor) for tensor in learning}
+    def __init__(self, network: nn.Module, routed: dict[int, Tensor], foreign: Iterable[Tensor], everything: bool):
+        self.hooks, self.unrouted, self.foreign = _saved_tensor_hooks(), set(routed), {id(p) for p in foreign}
+        watchable = _watchable(routed.values())
+        self.everything = everything or not watchable
+        if watchable:
+            routed = {key: _named_like(tensor, _watched(tensor, self)) for key, tensor in routed.items()}
+        self.held = _Inventory(network).holding(routed)
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        simple = not keywords and not _nested(arguments)
-        tensors = arguments if simple else _tensors_in((arguments, keywords))
-        with_gradient = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-        if not with_gradient or not torch.is_grad_enabled():
-            return function(*arguments, **keywords)
-        if any(not t.is_leaf or id(t) in self.learning for t in with_gradient):
-            return function(*_map_arguments(self.cut, arguments), **_map_arguments(self.cut, keywords))
-        if _in_place(function, arguments, keywords):
-            with torch.no_grad():
-                result = function(*arguments, **keywords)
-            for tensor in _results(function, arguments, result):
-                if tensor.is_leaf and tensor.is_floating_point():
-                    tensor.requires_grad_()
-            return result
-        result = function(*arguments, **keywords)
-        return self.dropped(result) if isinstance(result, Tensor) else _map_arguments(self.dropped, result)
+    def __enter__(self):
+        self.context = contextlib.ExitStack()
+        self.context.enter_context(self.held)
+        if self.everything:
+            self.context.enter_context(_Watch(self))
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        return (
-            tensor.detach() if tensor.requires_grad and tensor.is_leaf and id(tensor) not in self.learning else tensor
-        )
+    def __exit__(self, *error):
+        self.context.close()
 
-    def dropped(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
-
-
-class _CopiedPass(TorchFunctionMode):
-    """A run of AlignZero's initial network, which must use its own parameters, as they are routed, and none else."""
-
-    def __init__(self, network: nn.Module, routed: Iterable[int], live: Iterable[str]):
-        super().__init__()
-        self.foreign = {id(parameter) for name, parameter in network.named_parameters() if name not in live}
-        self.unrouted, self.hooks = set(routed), _saved_tensor_hooks()
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        _require_copied((arguments, keywords or {}), self.foreign)
-        if function in LINEAR_MAPS:
-            self.require_routed(arguments, keywords or {})
-        return function(*arguments, **(keywords or {}))
-
-    def require_routed(self, arguments, keywords) -> None:
+    def called(self, function, arguments, keywords):
         hooks = _saved_tensor_hooks()
-        if (hooks != self.hooks and not _only_stores(hooks)) or (
+        if (hooks is not None and hooks != self.hooks and not _only_stores(hooks)) or (
             not torch.is_grad_enabled() and _autograd_function() is torch.utils.checkpoint.CheckpointFunction
         ):
             raise TypeError(CHECKPOINTED)
-        if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
-            raise TypeError(
-                "the network uses its parameters past its modules (from a list of its own, for one), where AlignZero "
-                "cannot route their gradients; use them as module.weight and so on"
-            )
+        if self.everything:
+            _require_copied((arguments, keywords), self.foreign)
+            if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
+                raise TypeError(
+                    "the network uses its parameters past its modules (from a list of its own, for one), where AlignZero "
+                    "cannot route their gradients; use them as module.weight and so on"
+                )
+        return function(*arguments, **keywords)
 
 
 def _value(network: nn.Module, inputs, keywords) -> Tensor:
     """The network's output, computed as with gradients, to the last bit; its graph is dropped."""
-    with _holding(network, {id(p): _entrance(p) for p in network.parameters() if p.requires_grad}):
+    own = _Inventory(network)
+    with own.holding({id(p): _entrance(p) for p in own.parameters.values() if p.requires_grad}):
         return _one_tensor(network(*inputs, **keywords)).detach()
-
-
-@contextlib.contextmanager
-def _holding(network: nn.Module, twins: Mapping[int, Tensor]):
-    """The network's modules hold these tensors in the place of their parameters and buffers, given by id."""
-    swapped = []
-    for module in network.modules():
-        for held in (module._parameters, module._buffers):
-            for key, tensor in held.items():
-                if id(tensor) in twins:
-                    swapped.append((held, key, tensor))
-    for held, key, tensor in swapped:
-        held[key] = twins[id(tensor)]
-    try:
-        yield
-    finally:
-        for held, key, tensor in swapped:
-            held[key] = tensor
 
 
 # --------------------------------------------------------------------------------- the engine: copies, state, randomness
@@ -2315,7 +2367,7 @@ def _undisturbed(network: nn.Module):
         elif not _is_constant(value, ...):
             _carry(module, key, value, own)
     try:
-        with _holding(network, buffers), _Randomness(network):
+        with _Inventory(network).holding(buffers), _Randomness(network):
             yield
     finally:
         for now, attributes in before:
@@ -2332,10 +2384,8 @@ class _Randomness:
     """
 
     def __init__(self, network: nn.Module):
-        tensors = itertools.chain(network.parameters(), network.buffers())
-        self.devices = sorted(
-            {(t.device.type, t.device.index) for t in tensors if t.device.type not in ("cpu", "meta")}
-        )
+        devices = {tensor.device for _, _, tensor in _Inventory(network).places}
+        self.devices = sorted((d.type, d.index) for d in devices if d.type not in ("cpu", "meta"))
         self.state = self.read()
 
     def __enter__(self):
@@ -2396,9 +2446,9 @@ def _registered(rule: Rule) -> int:
     return key
 
 
-def _watchable(network: nn.Module) -> bool:
-    """Whether parameters can be made into tensors that are watched: not those of other libraries' own kinds."""
-    return not _tracing() and all(type(p) in (Tensor, nn.Parameter) for p in network.parameters())
+def _watchable(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors can be made into ones that are watched: not those of other libraries' own kinds."""
+    return not _tracing() and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
 def _tracing() -> bool:
@@ -2424,7 +2474,8 @@ def _in_graph(key: int, modes: tuple[bool, ...], state: dict[str, Tensor], input
     own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
     before, _TRACED.running = _tracing(), True
     try:
-        with _holding(rule, {id(own[name]): _named_like(own[name], tensor) for name, tensor in state.items()}):
+        tensors = {id(own[name]): _named_like(own[name], tensor) for name, tensor in state.items()}
+        with _Inventory(rule).holding(tensors):
             return rule.attached(*inputs, **keywords)
     finally:
         _TRACED.running = before
