@@ -37,7 +37,7 @@ SUBJECT = Subject(
     batch_size=50,
     examples=300,
     axes=("rules", "widths", "learning_rates", "seeds"),
-    measured=BEST_LOSS,
+    metrics=BEST_LOSS,
     references=guessing,
     unsuited={"dfa": "direct feedback is not defined for the recurrent network; choose other rules"},
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.tables import TOP_ACCURACY, Layout
+from wide.tables import TOP_ACCURACY, View
 
 STRIDES = (4, 2, 1, 2, 1, 2, 1)
 QUICK = {"widths": (16,), "learning_rates": (2,), "batch_size": 20, "epochs": 8}
@@ -25,7 +25,7 @@ EXPERIMENTS = {
         widths=(512,),
         learning_rates=(5,),
         epochs=300,
-        layout=Layout(figure="curves"),
+        view=View(figure="curves"),
         quick=QUICK,
     ),
 }
@@ -50,7 +50,7 @@ SUBJECT = Subject(
     task=folders,
     networks=("cnn",),
     batch_size=100,
-    measured=TOP_ACCURACY,
+    metrics=TOP_ACCURACY,
     examples=1281167,
     axes=("rules", "widths", "learning_rates", "seeds"),
     data_dir=Path(".."),

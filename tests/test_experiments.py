@@ -6,7 +6,8 @@ import pytest
 
 from train_cifar import EXPERIMENTS, SUBJECT
 from wide.command_line import beside, build_parser, chosen, parse
-from wide.experiments import Pace, duration, plan
+from wide.experiments import plan
+from wide.pace import Pace, duration
 from wide.runs import Run
 
 
@@ -77,7 +78,7 @@ def test_the_estimate_follows_width_and_what_is_left(monkeypatch):
         return Run("cifar", "cnn", "fa", width, 5.0, 99, 100, data_limit=limit)
 
     now = [0.0]
-    monkeypatch.setattr("wide.experiments.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("wide.pace.time.monotonic", lambda: now[0])
     pace = Pace(examples=1000, epochs=10)
     pace.start()
     for width, seconds in ((8, 50.0), (8, 1.0), (16, 4.0)):  # the very first epoch does not count

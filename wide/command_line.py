@@ -12,12 +12,13 @@ import torch
 
 from align_rules import RULES
 from wide import UserError
+from wide.devices import PRECISIONS, choose_device, choose_precision, device_name
 from wide.experiments import Experiment, Subject, check_batches, note_other_batches, plan, print_list, train_missing
 from wide.processes import Processes, join, leave
 from wide.report import report
 from wide.runs import RunFolder
 from wide.tables import Summary
-from wide.training import PRECISIONS, choose_device, choose_precision, device_name, follow
+from wide.training import follow
 
 
 def main(
@@ -132,15 +133,15 @@ def reported(
     path = arguments.outputs / subject.dataset / f"{subject.stem}_{arguments.experiment}"
     if experiment.reporter:
         return experiment.reporter(path, experiment, mine, arguments)
-    measured, epochs = experiment.measured or subject.measured, experiment.epochs
-    summaries = [Summary.read(folder, epochs, measured) for folder in mine]
+    metrics, epochs = experiment.metrics or subject.metrics, experiment.epochs
+    summaries = [Summary.read(folder, epochs, metrics) for folder in mine]
     data, runs = {summary.data for summary in summaries}, {folder.run for folder in mine}
-    compared = [Summary.read(folder, epochs, measured) for folder in others if folder.run not in runs]
+    compared = [Summary.read(folder, epochs, metrics) for folder in others if folder.run not in runs]
     return report(
         path,
         experiment.title,
-        experiment.layout,
-        measured,
+        experiment.view,
+        metrics,
         summaries,
         [summary for summary in compared if summary.status == "done" and summary.data in data],
         subject.references(arguments),

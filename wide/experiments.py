@@ -4,14 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import math
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
+from wide.pace import Pace, duration
 from wide.processes import ALONE, Processes
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
-from wide.tables import Layout, Measured
+from wide.tables import Metrics, View
 from wide.tasks import Task
 from wide.training import PREPARE, train, warm_up
 
@@ -35,8 +32,8 @@ class Experiment:
 
     Args:
         title: what it shows, for --help and, after the subject's, as the caption of table and figure.
-        layout: what the table's columns are, what is chosen and what is averaged, and the figure.
-        measured: which metrics are shown; default: the subject's.
+        view: what the table's columns are, what is chosen and what is averaged, and the figure.
+        metrics: which metrics are shown; default: the subject's.
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
         keep: epochs whose parameters are kept.
@@ -58,8 +55,8 @@ class Experiment:
     batch_size: int | None = None
     optimizer: str = "sgd"
     parameterisation: str = "ntk"
-    layout: Layout = dataclasses.field(default_factory=Layout)
-    measured: Measured | None = None
+    view: View = dataclasses.field(default_factory=View)
+    metrics: Metrics | None = None
     beside: tuple[int, tuple[str, ...]] | None = None
     timed: bool = False
     keep: tuple[int, ...] = ()
@@ -79,7 +76,7 @@ class Subject:
         task: makes the Task from the parsed arguments and a device; reads the data.
         networks: choices of --network; the first is the default.
         batch_size: default.
-        measured: the metrics that tables and figures show.
+        metrics: the metrics that tables and figures show.
         examples: number of training examples in the full dataset.
         axes: the axes of the grid that the command line can replace.
         stem: what names of reports begin with.
@@ -97,7 +94,7 @@ class Subject:
     task: Callable[[argparse.Namespace, torch.device], Task]
     networks: tuple[str, ...]
     batch_size: int
-    measured: Measured
+    metrics: Metrics
     examples: int
     axes: tuple[str, ...] = ("rules", "widths", "learning_rates", "seeds", "data_limits")
     stem: str = "experiment"
@@ -203,59 +200,6 @@ def print_list(folders: list[RunFolder], epochs: int) -> None:
         print(f"{state:12}  {folder.run.name}")
     finished = sum(state in FINISHED for state in states)
     print(f"{len(states)} runs of {epochs} epochs: {finished} done, {len(states) - finished} to train")
-
-
-class Pace:
-    """How long the runs that are missing will take, from the epochs trained so far.
-
-    The time of a step at a width not seen yet is extrapolated as a power of the width, from the two widest seen. An
-    epoch counts with its evaluation; the first of all does not count, since it pays for what happens only once.
-    """
-
-    def __init__(self, examples: int, epochs: int):
-        self.examples, self.epochs = examples, epochs
-        self.seen: dict[int, list[float]] = defaultdict(list)  # seconds per step, by width
-        self.clock: float | None = None
-
-    def start(self) -> None:
-        self.clock = time.monotonic() if self.seen else None
-
-    def epoch(self, run: Run) -> None:
-        now = time.monotonic()
-        if self.clock is not None:
-            self.seen[run.width].append((now - self.clock) / self.steps(run))
-        self.clock = now
-
-    def steps(self, run: Run) -> float:
-        return max((run.data_limit or self.examples) / (run.batch_size * run.batches), 1)
-
-    def step_seconds(self, width: int) -> float:
-        means = {seen: statistics.fmean(times) for seen, times in sorted(self.seen.items())}
-        if width in means:
-            return means[width]
-        *_, widest = means
-        power = 1.0
-        if len(means) > 1:
-            *_, narrower, widest = means
-            power = _power(narrower, widest, means[narrower], means[widest])
-        return means[widest] * (width / widest) ** power
-
-    def left(self, folders: list[RunFolder]) -> float:
-        """Seconds for what these runs still lack."""
-        lacking = {folder.run: self.epochs - folder.progress()[0] for folder in folders}
-        return sum(epochs * self.steps(run) * self.step_seconds(run.width) for run, epochs in lacking.items())
-
-
-def _power(narrower: int, wider: int, seconds: float, more_seconds: float) -> float:
-    return min(max(math.log(more_seconds / seconds) / math.log(wider / narrower), 0.0), 2.0)
-
-
-def duration(seconds: float) -> str:
-    """Rounded for people: 40 s, 12 min, 5 h, 3 days."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def train_missing(

@@ -40,12 +40,12 @@ HOLLOW = "hollow: diverged"  # in legends
 def draw_figure(
     file: BinaryIO, title: str, table: Table, references: Mapping[str, Mapping[str, float]], examples: int
 ) -> None:
-    """Draw the figure that the table's layout asks for, as PNG.
+    """Draw the figure that the table's view asks for, as PNG.
 
     Args:
         examples: where "all images" lie on an axis of training images.
     """
-    figure = KINDS[table.layout.figure](table, references, examples)
+    figure = KINDS[table.view.figure](table, references, examples)
     _save(figure, title, file)
 
 
@@ -57,7 +57,7 @@ def lines(table: Table, references, examples: int):
             panel.axhline(_scaled(table, metrics[_drawn(table)]), color=GREY, linewidth=1, label=name)
         _logarithmic(panel, table, examples)
         panel.set_title(section_text(section), fontsize=10)
-    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    panels[0].set_ylabel(table.metrics.label(_drawn(table)))
     _legend(figure)
     return figure
 
@@ -70,8 +70,8 @@ def gap(table: Table, references, examples: int):
         _draw_gaps(pair[1], table, rows, examples)
         for panel in pair:
             _logarithmic(panel, table, examples)
-        pair[0].set_ylabel(table.measured.label(_drawn(table)))
-        pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit} below it)")
+        pair[0].set_ylabel(table.metrics.label(_drawn(table)))
+        pair[1].set_ylabel(f"gap to backprop ({'points' if table.metrics.percent else table.metrics.unit} below it)")
     _legend(figure)
     return figure
 
@@ -90,16 +90,16 @@ def seeds(table: Table, references, examples: int):
             _mark_diverged(panel, rule, [x], [cell])
         panel.set_xlim(-0.5, len(cells) - 0.5)
         panel.set_xticks(range(len(cells)), [RULE_NAMES[rule] for rule in cells], rotation=30, ha="right")
-        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
-    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    panels[0].set_ylabel(table.metrics.label(_drawn(table)))
     _legend(figure)
     return figure
 
 
 def curves(table: Table, references, examples: int):
     """Every shown metric against the epoch, averaged over seeds; a panel for each, and for each column."""
-    metrics = table.measured.shown
+    metrics = table.metrics.shown
     places = [
         (section, column, k, metric)
         for section in table.sections
@@ -120,9 +120,9 @@ def curves(table: Table, references, examples: int):
             panel.plot(range(1, len(means) + 1), means, label=RULE_NAMES[rule], **style)
         panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
-        panel.set_ylabel(table.measured.label(metric))
+        panel.set_ylabel(table.metrics.label(metric))
         panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
     _legend(figure)
     return figure
@@ -131,14 +131,14 @@ def curves(table: Table, references, examples: int):
 def timing(table: Table, references, examples: int):
     """Time on a logarithmic axis, and its ratio to that of the rule that it is compared with."""
     figure, panels = _panels(2 * len(table.sections))
-    reference = table.measured.relative_to
+    reference = table.metrics.relative_to
     for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
         _draw_lines(pair[0], table, rows, examples)
         pair[0].set_yscale("log")
         pair[0].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         pair[0].yaxis.set_major_formatter("{x:g}")
         pair[0].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        pair[0].set_ylabel(table.measured.label(_drawn(table)))
+        pair[0].set_ylabel(table.metrics.label(_drawn(table)))
         for rule, cells in rows.items():
             both = zip(cells, rows.get(reference, cells), strict=True)
             ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
@@ -229,7 +229,7 @@ def _positions(table: Table, examples: int) -> list[float]:
 
 
 def _drawn(table: Table) -> str:
-    return table.measured.shown[table.measured.drawn]
+    return table.metrics.shown[table.metrics.drawn]
 
 
 def _mean(cell: Cell, table: Table) -> float | None:
@@ -237,7 +237,7 @@ def _mean(cell: Cell, table: Table) -> float | None:
 
 
 def _scaled(table: Table, value: float) -> float:
-    return 100 * value if table.measured.percent else value
+    return 100 * value if table.metrics.percent else value
 
 
 def _logarithmic(panel, table: Table, examples: int) -> None:
@@ -247,7 +247,7 @@ def _logarithmic(panel, table: Table, examples: int) -> None:
     panel.set_xlim(positions[0] / room, positions[-1] * room)  # the same where some are missing
     panel.set_xticks(positions, [f"{x:g}" for x in positions], rotation=30 if len(positions) > 7 else 0)
     panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    panel.set_xlabel(AXIS_LABELS[table.layout.against])
+    panel.set_xlabel(AXIS_LABELS[table.view.against])
     _plain(panel)
 
 

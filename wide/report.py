@@ -11,10 +11,10 @@ from typing import BinaryIO
 from wide.runs import Run, replace, writing
 from wide.tables import (
     RULE_NAMES,
-    Layout,
-    Measured,
+    Metrics,
     Summary,
     Table,
+    View,
     axis_text,
     make_table,
     section_text,
@@ -24,7 +24,7 @@ from wide.tables import (
 
 
 def report(
-    path: Path, title: str, layout: Layout, measured: Measured, summaries: list[Summary], beside: list[Summary],
+    path: Path, title: str, view: View, metrics: Metrics, summaries: list[Summary], beside: list[Summary],
     references: Mapping[str, Mapping[str, float]], examples: int,
 ) -> str:  # fmt: skip
     """The report of a grid of runs; see `write_report`.
@@ -36,7 +36,7 @@ def report(
     """
     from wide.figures import draw_figure  # matplotlib takes a second to import
 
-    table = make_table(layout, [*summaries, *beside], measured)
+    table = make_table(view, [*summaries, *beside], metrics)
     title += unusual_text([summary.run for summary in summaries])
     examples = max((images for s in summaries if (images := s.training_images)), default=examples)
     text = markdown(title, table, [*summaries, *beside], references)
@@ -88,31 +88,29 @@ def markdown(title: str, table: Table, summaries: list[Summary], references: Map
     for section, rows in table.sections.items():
         if section:
             lines += [f"## {section_text(section)}", ""]
-        lines.append(
-            "| rule | " + " | ".join(axis_text(table.layout.against, column) for column in table.columns) + " |"
-        )
+        lines.append("| rule | " + " | ".join(axis_text(table.view.against, column) for column in table.columns) + " |")
         lines.append("|---" * (1 + len(table.columns)) + "|")
-        compared = rows.get(table.measured.relative_to) or [None] * len(table.columns)
+        compared = rows.get(table.metrics.relative_to) or [None] * len(table.columns)
         for rule, cells in rows.items():
             texts = [table.text(cell, other) for cell, other in zip(cells, compared, strict=True)]
             lines.append(f"| {RULE_NAMES[rule]} | " + " | ".join(texts) + " |")
         for name, metrics in references.items():
-            text = " / ".join(table.measured.text(metrics[metric]) for metric in table.measured.shown)
+            text = " / ".join(table.metrics.text(metrics[metric]) for metric in table.metrics.shown)
             lines.append(f"| {name} | " + " | ".join([text] * len(table.columns)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _legend(table: Table, summaries: list[Summary]) -> str:
-    measured = table.measured
-    what = " / ".join(measured.label(metric) for metric in measured.shown)
-    when = "best over the epochs" if measured.use_best else "at the last epoch"
+    metrics = table.metrics
+    what = " / ".join(metrics.label(metric) for metric in metrics.shown)
+    when = "best over the epochs" if metrics.use_best else "at the last epoch"
     choices = " and ".join(axis.replace("_", " ") for axis in table.choices)
-    chosen = f", at the {choices} of the best {measured.choice.replace('_', ' ')}" if choices else ""
+    chosen = f", at the {choices} of the best {metrics.choice.replace('_', ' ')}" if choices else ""
     several = any(len(cell.values) > 1 for rows in table.sections.values() for cells in rows.values() for cell in cells)
-    averaged = " and ".join(axis.replace("_", " ") for axis in table.layout.averaged)
+    averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
     spread = f"; mean ± standard deviation of n runs that differ in {averaged}" if several else ""
-    relative = f"; x: times {RULE_NAMES[measured.relative_to]}" if measured.relative_to else ""
+    relative = f"; x: times {RULE_NAMES[metrics.relative_to]}" if metrics.relative_to else ""
     data = ", ".join(sorted({summary.data for summary in summaries if summary.data}))
     devices = ", ".join(sorted({summary.device for summary in summaries if summary.device}))
     epochs = max(summary.epochs for summary in summaries)

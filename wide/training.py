@@ -5,11 +5,9 @@ import dataclasses
 import io
 import itertools
 import math
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,63 +16,12 @@ from tqdm import tqdm
 
 from align_rules import feedback_angles, gradient_angles
 from wide import UserError
+from wide.devices import device_name
 from wide.networks import synchronise_normalisation
-from wide.processes import ALONE, Processes, local_rank
+from wide.optimizers import OPTIMIZERS
+from wide.processes import ALONE, Processes
 from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
 from wide.tasks import Task
-
-PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
-
-
-class PublishedAdam(torch.optim.Adam):
-    """Adam as TensorFlow 1 has it: epsilon is added before the second moment's bias is corrected, not after.
-
-    lr * sqrt(1 - b2^t)/(1 - b1^t) * m / (sqrt(v) + epsilon) (Kingma & Ba, 2015, end of section 2), which is torch's
-    update with epsilon/sqrt(1 - b2^t).
-    """
-
-    epsilon = 1e-8
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            taken = max((int(self.state[p]["step"]) for p in group["params"] if self.state[p]), default=0)
-            group["eps"] = self.epsilon / math.sqrt(1 - group["betas"][1] ** (taken + 1))
-        return super().step(closure)
-
-
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": PublishedAdam}
-
-
-def choose_device(name: str) -> torch.device:
-    """The CPU, or this process' own GPU.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install torch with CUDA")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if (number := local_rank()) >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs are here; start no more processes than that")
-    return torch.device("cuda", number)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """fp64, fp32, tf32 or bf16; set for the whole process. `auto` is tf32 on a GPU that has it (as TensorFlow's did),
-    else fp32.
-
-    Raises:
-        UserError: tf32 without a GPU that has it.
-    """
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "tf32" and not has_tf32:
-        raise UserError("--precision tf32 needs an NVIDIA GPU of compute capability 8 or more; use fp32")
-    precision = ("tf32" if has_tf32 else "fp32") if name == "auto" else name
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return precision
 
 
 class Training:
@@ -407,14 +354,3 @@ def warm_up(task: Task, run: Run, steps: int = 10) -> None:
     """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
     for _ in itertools.islice(Training(task, run).steps(), steps):
         pass
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; or the processor's, and on how many threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")  # platform.processor() says less, where it says anything
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or "CPU"
-    return f"{model}, {torch.get_num_threads()} threads"
