@@ -39,7 +39,6 @@ SUBJECT = Subject(
     axes=("rules", "widths", "learning_rates", "seeds"),
     metrics=BEST_LOSS,
     references=guessing,
-    unsuited={"dfa": "direct feedback is not defined for the recurrent network; choose other rules"},
 )
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 
 from wide.figures import KINDS, draw_figure
 from wide.report import as_csv, markdown
+from wide.rules import RULES
 from wide.runs import Run, RunFolder
-from wide.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, RULE_NAMES, Summary, View, make_table
+from wide.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, Summary, View, make_table
 
 
 def summary(
@@ -119,11 +120,7 @@ VIEWS = {
 def test_figures_are_drawn(kind):
     view, metrics = VIEWS[kind]
     grid = [
-        summary(rule, width, seed=s, limit=n)
-        for rule in RULE_NAMES
-        for width in (8, 16)
-        for s in (1, 2)
-        for n in (45, None)
+        summary(rule, width, seed=s, limit=n) for rule in RULES for width in (8, 16) for s in (1, 2) for n in (45, None)
     ]
     grid += [summary("fa", 32, status="diverged")]
     table = make_table(view, grid, metrics)

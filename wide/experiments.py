@@ -17,6 +17,7 @@ from tqdm import tqdm
 from wide import UserError
 from wide.pace import Pace, duration
 from wide.processes import ALONE, Processes
+from wide.rules import RULES
 from wide.runs import Busy, Run, RunFolder, effective_batch, writing
 from wide.tables import Metrics, View
 from wide.tasks import Task
@@ -82,7 +83,6 @@ class Subject:
         stem: what names of reports begin with.
         scores: whether alignment scores are measured, and their options make sense.
         variants: choices of --variant; the first is the default.
-        unsuited: rules that are not defined here, with the reason.
         references: metrics to compare with, by name, from the parsed arguments.
         data_dir: default.
         from_disk: whether images are read from files while training, in one process or several.
@@ -100,7 +100,6 @@ class Subject:
     stem: str = "experiment"
     scores: bool = False
     variants: tuple[str, ...] = ()
-    unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
     references: Callable[[argparse.Namespace], dict[str, dict[str, float]]] = lambda arguments: {}
     data_dir: Path = Path("data")
     from_disk: bool = False
@@ -118,11 +117,11 @@ def plan(
     """The runs of an experiment, in an order that fills its table evenly: all rules at the smallest width first.
 
     Raises:
-        UserError: a rule that is not defined for this subject.
+        UserError: a rule that is not defined for this kind of network.
     """
     for rule in experiment.rules:
-        if rule in subject.unsuited:
-            raise UserError(f"--rules {rule}: {subject.unsuited[rule]}")
+        if reason := RULES[rule].unsuited.get(arguments.network):
+            raise UserError(f"--rules {rule}: {reason}")
     if experiment.reporter and len(experiment.data_limits) > 1:
         raise UserError("--data-limits takes one value here; for others run the command again")
     batch_size, batches = batches_of_a_step(experiment.batch_size or subject.batch_size, arguments, processes)
@@ -146,6 +145,7 @@ def plan(
                 variant=getattr(arguments, "variant", None),
                 precision=precision,
                 timed_on=device if experiment.timed else None,
+                **RULES[rule].settings,
             )
         )
     return list(dict.fromkeys(runs))

@@ -15,19 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.transforms import offset_copy
 
-from wide.tables import RULE_NAMES, Cell, Table, section_text
+from wide.rules import RULES
+from wide.tables import Cell, Table, section_text
 
-# A rule looks the same in every figure; lightness, marker and dashes tell the rules apart without colour.
-STYLES = {
-    "backprop": {"color": "#111111", "marker": "o", "linestyle": "-"},
-    "align_ada": {"color": "#0b5fa5", "marker": "s", "linestyle": "-"},
-    "align_zero": {"color": "#4fa3e0", "marker": "D", "linestyle": "--"},
-    "align_prop": {"color": "#7a4fb5", "marker": "P", "linestyle": "-."},
-    "fa": {"color": "#c2410c", "marker": "^", "linestyle": "--"},
-    "dfa": {"color": "#e0a030", "marker": "v", "linestyle": ":"},
-    "last_layer": {"color": "#8a8a8a", "marker": "X", "linestyle": "-."},
-    "pair": {"color": "#111111", "marker": "o", "linestyle": "-"},
-}
 AXIS_LABELS = {
     "width": "width (channels or units per layer)",
     "learning_rate": "learning rate",
@@ -89,7 +79,7 @@ def seeds(table: Table, references, examples: int):
             _draw_seeds(panel, x, rule, cell, table)
             _mark_diverged(panel, rule, [x], [cell])
         panel.set_xlim(-0.5, len(cells) - 0.5)
-        panel.set_xticks(range(len(cells)), [RULE_NAMES[rule] for rule in cells], rotation=30, ha="right")
+        panel.set_xticks(range(len(cells)), [RULES[rule].title for rule in cells], rotation=30, ha="right")
         panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
     panels[0].set_ylabel(table.metrics.label(_drawn(table)))
@@ -116,8 +106,8 @@ def curves(table: Table, references, examples: int):
             epochs = zip(*(history[metric] for history in cells[k].histories), strict=True)
             means = [_scaled(table, statistics.fmean(values)) for values in epochs]
             last = max(last, len(means))
-            style = STYLES[rule] | {"markevery": max(len(means) // 8, 1), "markersize": 5}
-            panel.plot(range(1, len(means) + 1), means, label=RULE_NAMES[rule], **style)
+            style = RULES[rule].style | {"markevery": max(len(means) // 8, 1), "markersize": 5}
+            panel.plot(range(1, len(means) + 1), means, label=RULES[rule].title, **style)
         panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
         panel.set_ylabel(table.metrics.label(metric))
@@ -143,7 +133,7 @@ def timing(table: Table, references, examples: int):
             both = zip(cells, rows.get(reference, cells), strict=True)
             ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
             _line(pair[1], rule, _positions(table, examples), ratios)
-        pair[1].set_ylabel(f"time, in multiples of {RULE_NAMES[reference]}'s")
+        pair[1].set_ylabel(f"time, in multiples of {RULES[reference].title}'s")
         pair[1].set_ylim(bottom=0)
         for panel in pair:
             _logarithmic(panel, table, examples)
@@ -189,10 +179,10 @@ def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
     if not cell.values:
         return
     points = [_scaled(table, value[_drawn(table)]) for value in cell.values]
-    style = STYLES[rule]
+    spec = RULES[rule]
     spread = [0.3 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
-    panel.plot([x + dx for dx in spread], points, style["marker"], color=style["color"], markersize=5)
-    panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=style["color"], linewidth=1.5)
+    panel.plot([x + dx for dx in spread], points, spec.marker, color=spec.color, markersize=5)
+    panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=spec.color, linewidth=1.5)
 
 
 def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], aside: float = 0) -> None:
@@ -202,7 +192,7 @@ def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], 
         return
     edge = offset_copy(panel.get_xaxis_transform(), panel.figure, x=aside, units="points")
     hollow = {"linestyle": "none", "markersize": 4, "markerfacecolor": "white"}
-    style = {"marker": STYLES[rule]["marker"], "markeredgecolor": STYLES[rule]["color"]}
+    style = {"marker": RULES[rule].marker, "markeredgecolor": RULES[rule].color}
     panel.plot(places, [0] * len(places), transform=edge, clip_on=False, zorder=5, **hollow, **style)
     panel.plot([], [], marker="o", markeredgecolor=GREY, label=HOLLOW, **hollow)
 
@@ -218,10 +208,10 @@ def _line(panel, rule: str, positions: list[float], values: list, spread: list |
     if not there:
         return
     x, y = [positions[k] for k in there], [values[k] for k in there]
-    panel.plot(x, y, label=RULE_NAMES[rule], markersize=5, **STYLES[rule])
+    panel.plot(x, y, label=RULES[rule].title, markersize=5, **RULES[rule].style)
     if spread and any(spread):
         bars = [spread[k] for k in there]
-        panel.errorbar(x, y, bars, fmt="none", ecolor=STYLES[rule]["color"], elinewidth=1, capsize=3)
+        panel.errorbar(x, y, bars, fmt="none", ecolor=RULES[rule].color, elinewidth=1, capsize=3)
 
 
 def _positions(table: Table, examples: int) -> list[float]:

@@ -134,7 +134,7 @@ class FolderTask(ClassificationTask):
     )  # fmt: skip
     evaluations = (Evaluation("validation", streamed=False),)
     offset = 0.0
-    direct_feedback = "pooled"
+    pooled_feedback = True
     image_shape = (3, SIZE, SIZE)
 
     def __init__(self, data_dir: Path, strides: tuple[int, ...], device: torch.device, workers: int | None = None):

@@ -1,16 +1,15 @@
 """Reports: an experiment's .csv, .md and .png, from what is in outputs/. Nothing here trains."""
 
 import csv
-import dataclasses
 import io
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from wide.runs import Run, replace, writing
+from wide.rules import RULES
+from wide.runs import replace, writing
 from wide.tables import (
-    RULE_NAMES,
     Metrics,
     Summary,
     Table,
@@ -66,14 +65,14 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
 def as_csv(summaries: list[Summary]) -> str:
     """A row per run: its settings, final and best metrics, seconds, status."""
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.final if name != "seconds"))
-    names = [field.name for field in dataclasses.fields(Run)]
+    names = list(dict.fromkeys(name for summary in summaries for name in summary.run.settings()))
     final, best = [f"final_{name}" for name in metrics], [f"best_{name}" for name in metrics]
     stream = io.StringIO()
     columns = [*names, "epochs", *final, *best, "seconds", "status", "data", "device"]
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for summary in summaries:
-        row = dataclasses.asdict(summary.run)
+        row = summary.run.settings()
         row |= {f"final_{name}": value for name, value in summary.final.items()}
         row |= {f"best_{name}": value for name, value in summary.best.items()}
         row |= {name: getattr(summary, name) for name in ("epochs", "status", "data", "device")}
@@ -93,7 +92,7 @@ def markdown(title: str, table: Table, summaries: list[Summary], references: Map
         compared = rows.get(table.metrics.relative_to) or [None] * len(table.columns)
         for rule, cells in rows.items():
             texts = [table.text(cell, other) for cell, other in zip(cells, compared, strict=True)]
-            lines.append(f"| {RULE_NAMES[rule]} | " + " | ".join(texts) + " |")
+            lines.append(f"| {RULES[rule].title} | " + " | ".join(texts) + " |")
         for name, metrics in references.items():
             text = " / ".join(table.metrics.text(metrics[metric]) for metric in table.metrics.shown)
             lines.append(f"| {name} | " + " | ".join([text] * len(table.columns)) + " |")
@@ -110,7 +109,7 @@ def _legend(table: Table, summaries: list[Summary]) -> str:
     several = any(len(cell.values) > 1 for rows in table.sections.values() for cells in rows.values() for cell in cells)
     averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
     spread = f"; mean ± standard deviation of n runs that differ in {averaged}" if several else ""
-    relative = f"; x: times {RULE_NAMES[metrics.relative_to]}" if metrics.relative_to else ""
+    relative = f"; x: times {RULES[metrics.relative_to].title}" if metrics.relative_to else ""
     data = ", ".join(sorted({summary.data for summary in summaries if summary.data}))
     devices = ", ".join(sorted({summary.device for summary in summaries if summary.device}))
     epochs = max(summary.epochs for summary in summaries)

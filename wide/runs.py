@@ -52,6 +52,8 @@ class Run:
     precision: str = "fp32"
     timed_on: str | None = None  # the device, for runs whose time is the result
     batches: int = 1  # per step, each normalised by itself
+    decay: float = 0.0  # of weights: L2, as torch's optimisers take it
+    rule_variant: str | None = None  # of rules that come in several
 
     @property
     def name(self) -> str:
@@ -62,9 +64,11 @@ class Run:
         unusual = {"sgd", "ntk", None, "fp32"}
         words += [
             word
-            for word in (self.parameterisation, self.optimizer, self.variant, self.precision)
+            for word in (self.parameterisation, self.optimizer, self.variant, self.precision, self.rule_variant)
             if word not in unusual
         ]
+        if self.decay:
+            words.append(f"decay{self.decay:g}")
         if self.timed_on is not None:
             words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
@@ -73,7 +77,14 @@ class Run:
     def batches_name(self) -> str:
         return f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else "")
 
+    def settings(self) -> dict[str, object]:
+        """What describes the run in its config.json and in tables."""
+        values = dataclasses.asdict(self)
+        return {name: v for name, v in values.items() if name not in _OF_SOME_RULES or v != _USUAL[name]}
 
+
+# Settings that only some rules have; the others' runs are described without them.
+_OF_SOME_RULES = ("decay", "rule_variant")
 _USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
 
 
@@ -205,7 +216,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run with other settings or other data, or does not say which.
         """
-        config, mine = self.config(), self.identity(fingerprint)
+        config, mine = self.config(), _USUAL | self.identity(fingerprint)
         if not config and (self.metrics_path.exists() or self.checkpoint_path.exists()):
             raise self.damaged(self.config_path, FileNotFoundError("it is missing"))
         # A setting that came into use after the run was made had its usual value then.
@@ -215,7 +226,7 @@ class RunFolder:
             raise UserError(f"{self.path} was trained with {was}; use another --outputs folder or delete it")
 
     def identity(self, fingerprint: str) -> dict:
-        return {**dataclasses.asdict(self.run), "data": fingerprint}
+        return {**self.run.settings(), "data": fingerprint}
 
     def begin_session(self, fingerprint: str, device: str, epoch: int) -> None:
         """Record in config.json the session that starts, after this epoch, in a folder that passed `check`.

@@ -8,17 +8,6 @@ from collections.abc import Mapping
 
 from wide.runs import Run, RunFolder
 
-RULE_NAMES = {
-    "backprop": "Backprop",
-    "align_ada": "Align-ada",
-    "align_zero": "Align-zero",
-    "align_prop": "Align-prop",
-    "fa": "FA",
-    "dfa": "DFA",
-    "last_layer": "Last layer",
-    "pair": "Backprop, beside it Align",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:

@@ -10,13 +10,11 @@ from torch import Tensor
 
 import align_rules
 from wide import UserError
-from wide.alignment import Pair
 from wide.datasets import ImageDataset, Split, add_sequences
-from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork, draw
+from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
 from wide.processes import Processes
+from wide.rules import make_rule
 from wide.runs import Run
-
-RULES = {**align_rules.RULES, "pair": Pair}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +96,12 @@ class Task:
 class ClassificationTask(Task):
     """Classification of images by regression onto one-hot vectors (section 2 of the paper's released code).
 
-    `offset` is subtracted from the one-hot vectors. `direct_feedback` says what DFA's feedback weights reach: "blocks",
-    every entry of an activity, or "pooled", its channels averaged over positions.
+    `offset` is subtracted from the one-hot vectors. `pooled_feedback`: direct feedback reaches an activity's channels,
+    averaged over positions, and not every entry.
     """
 
     offset = 0.1
-    direct_feedback = "blocks"
+    pooled_feedback = False
     classes: int
     image_shape: tuple[int, int, int]  # (channels, h, w)
     strides: tuple[int, ...]  # of the blocks
@@ -115,10 +113,7 @@ class ClassificationTask(Task):
         else:
             pixels = channels * height * width
             network = FullyConnectedNetwork(pixels, run.width, self.classes, parameterisation=run.parameterisation)
-        kind = {"fa": "layers", "dfa": self.direct_feedback}.get(run.rule)
-        feedback = draw(network, run.seed, kind, self.image_shape)
-        settings = {"feedback": feedback} if feedback else {}
-        return RULES[run.rule](network, **settings).to(self.device)
+        return make_rule(run, network, self.image_shape, self.pooled_feedback).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         wanted = F.one_hot(targets, self.classes).to(outputs.dtype) - self.offset
@@ -167,20 +162,7 @@ class AddTask(Task):
             raise UserError(f"the Add task has {smallest} test sequences; use --batch-size {smallest} or less")
 
     def rule(self, run: Run) -> align_rules.Rule:
-        network = RecurrentNetwork(run.width, run.batch_size)
-        feedback = draw(network, run.seed, "layers" if run.rule == "fa" else None)
-        live = ("initial_state",)
-        # The published copy's readout reads its own state alone: its input is not coupled.
-        uncoupled = ("readout",) if run.variant == "published" else ()
-        settings = {
-            "last_layer": {"learns": ("readout", *live)},
-            "fa": {"feedback": feedback, "added": live},
-            "align_prop": {"added": live},
-            "align_ada": {"coupling": "activity", "live": live, "uncoupled": uncoupled},
-            "align_zero": {"live": live},
-            "pair": {"live": live},
-        }
-        return RULES[run.rule](network, **settings.get(run.rule, {})).to(self.device)
+        return make_rule(run, RecurrentNetwork(run.width, run.batch_size)).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over time of the batch mean of the squared error."""

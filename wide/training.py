@@ -47,7 +47,7 @@ class Training:
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
-        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate)
+        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate, weight_decay=run.decay)
         self.stream = np.random.RandomState(run.seed)
         self.epoch = 0
         self.angles: list[dict[str, float | str | None]] = []
