@@ -6,6 +6,11 @@ the learning rate with the best validation accuracy; the validation split is the
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from setup_cifar import CIFAR
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
@@ -95,7 +100,9 @@ EXPERIMENTS = {
 SUBJECT = Subject(
     dataset="cifar",
     title="CIFAR-10",
-    task=lambda arguments, device: ImageTask(CIFAR(arguments.data_dir), STRIDES, device),
+    task=lambda data, device: ImageTask(CIFAR(data.folder), STRIDES, device),
+    image_size=CIFAR.image_shape[1:],
+    strides=STRIDES,
     networks=("cnn", "mlp"),
     batch_size=100,
     metrics=ACCURACY,

@@ -6,6 +6,11 @@ the best validation accuracy; the validation split is the first 5000 training im
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from setup_kmnist import KMNIST
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
@@ -39,7 +44,9 @@ EXPERIMENTS = {
 SUBJECT = Subject(
     dataset="kmnist",
     title="KMNIST",
-    task=lambda arguments, device: ImageTask(KMNIST(arguments.data_dir), STRIDES, device),
+    task=lambda data, device: ImageTask(KMNIST(data.folder), STRIDES, device),
+    image_size=KMNIST.image_shape[1:],
+    strides=STRIDES,
     networks=("cnn", "mlp"),
     batch_size=100,
     metrics=ACCURACY,

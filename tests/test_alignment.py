@@ -13,6 +13,7 @@ from test_golden import GOLDEN, image_task
 from wide.alignment import AlignmentScores, Pair
 from wide.alignment_report import read_scores
 from wide.networks import ConvolutionalNetwork, RecurrentNetwork, draw
+from wide.recorders import KeptParameters
 from wide.runs import Run, RunFolder
 from wide.scores import exact_score
 from wide.tasks import AddTask
@@ -67,11 +68,11 @@ def test_the_normal_network_is_the_one_that_backprop_trains():
 
 def test_pairs_resume_to_the_same_scores(tmp_path):
     task = AddTask("corrected", torch.device("cpu"))
-    task.observe = AlignmentScores()
+    recorders = [AlignmentScores(), KeptParameters((0, 2))]
     whole, parts = RunFolder(tmp_path / "whole", PAIR), RunFolder(tmp_path / "parts", PAIR)
-    train(task, whole, 3, keep=(0, 2))
-    train(task, parts, 1, keep=(0, 2))
-    train(task, parts, 3, keep=(0, 2))
+    train(task, whole, 3, recorders)
+    train(task, parts, 1, recorders)
+    train(task, parts, 3, recorders)
     assert read_scores(whole, 3) == read_scores(parts, 3)
     assert len(read_scores(whole, 3)) == 3
     kept = [torch.load(f.path / "parameters" / "epoch_2.pt", weights_only=True) for f in (whole, parts)]
@@ -148,7 +149,7 @@ def test_one_data_limit_at_a_time(kmnist, tmp_path):
 
 def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch, capsys):
     import alignment_add
-    from wide.alignment_report import scored
+    from wide.alignment_experiments import scored
     from wide.command_line import main
 
     usage = namedtuple("usage", "total used free")

@@ -2,18 +2,17 @@
 
 import csv
 import io
+import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from wide.rules import RULES
-from wide.runs import replace, writing
+from wide.runs import FINISHED, RunFolder, replace, writing
 from wide.tables import (
     Metrics,
     Summary,
     Table,
-    View,
     axis_text,
     make_table,
     section_text,
@@ -21,30 +20,48 @@ from wide.tables import (
     unusual_text,
 )
 
+if TYPE_CHECKING:
+    from wide.study import Study
 
-def report(
-    path: Path, title: str, view: View, metrics: Metrics, summaries: list[Summary], beside: list[Summary],
-    references: Mapping[str, Mapping[str, float]], examples: int,
-) -> str:  # fmt: skip
-    """The report of a grid of runs; see `write_report`.
 
-    Args:
-        beside: runs of another experiment to show for comparison; they are not in the .csv.
-        references: metrics to compare with, by their name, such as the loss of guessing.
-        examples: number of training examples where the data are not limited.
-    """
-    from wide.figures import draw_figure  # matplotlib takes a second to import
+class TableReport:
+    """The table of rules and its figure: what an experiment shows of its runs by default (see experiments.Report)."""
 
-    table = make_table(view, [*summaries, *beside], metrics)
-    title += unusual_text([summary.run for summary in summaries])
-    examples = max((images for s in summaries if (images := s.training_images)), default=examples)
-    text = markdown(title, table, [*summaries, *beside], references)
-    draw = partial(draw_figure, title=title, table=table, references=references, examples=examples)
-    return write_report(path, as_csv(summaries), text, draw)
+    def check(self, study: "Study") -> None:
+        """Everything can be shown."""
+
+    def has(self, study: "Study", folder: RunFolder) -> bool:
+        return folder.status(study.epochs) in FINISHED
+
+    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+        return ()
+
+    def write(self, study: "Study") -> str:
+        metrics = study.experiment.metrics or study.subject.metrics
+        summaries = [Summary.read(folder, study.epochs, metrics) for folder in study.folders]
+        beside = self.beside(study, summaries, metrics)
+        table = make_table(study.experiment.view, [*summaries, *beside], metrics)
+        references = study.subject.references(study.options.data)
+        title = study.title + unusual_text([summary.run for summary in summaries])
+        examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
+
+        def draw(file: BinaryIO) -> None:
+            from wide.figures import draw_figure  # matplotlib takes a second to import
+
+            draw_figure(file, title, table, references, examples)
+
+        text = markdown(title, table, [*summaries, *beside], references)
+        return write_report(study.report_path, as_csv(summaries), text, draw)
+
+    def beside(self, study: "Study", summaries: list[Summary], metrics: Metrics) -> list[Summary]:
+        """Finished runs of another experiment on the same data, for comparison; they are not in the .csv."""
+        data = {summary.data for summary in summaries}
+        compared = [Summary.read(folder, study.epochs, metrics) for folder in study.compared_folders]
+        return [summary for summary in compared if summary.status == "done" and summary.data in data]
 
 
 def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], None]) -> str:
-    """Write `path`.csv, .md and .png.
+    """Write `path`.csv, .md and, after them, .png; a figure that cannot be drawn is a note on stderr.
 
     Args:
         draw: writes the figure into a file.
@@ -58,7 +75,11 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
     with writing(path.parent):
         replace(path.with_suffix(".csv"), lambda file: file.write(rows.encode()))
         replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
+    try:
         replace(path.with_suffix(".png"), draw)
+    except Exception as error:  # whatever matplotlib, its configuration or its fonts have
+        print(f"note: {path}.png is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        return f"{text}\nwritten to {path}.csv, .md"
     return f"{text}\nwritten to {path}.csv, .md, .png"
 
 

@@ -1,8 +1,8 @@
 """One run: what identifies it, and the folder that keeps it.
 
 outputs/<dataset>/<name>/ holds config.json (the identity, and where and with what each session trained), metrics.csv
-(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), where they are logged
-angles.csv (a row per epoch and layer) and, after a failure, error.txt.
+(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), the files of recorders
+(wide/recorders.py) and, after a failure, error.txt.
 
 The number of epochs is not part of the identity: with a constant learning rate it decides how far a run goes, not what
 its numbers are, so a longer experiment goes on where a shorter one stopped, and a shorter one reads its first epochs.
@@ -95,6 +95,9 @@ def effective_batch(batch_size: int, data_limit: int | None) -> int:
     return data_limit if batch_size > data_limit else math.gcd(batch_size, data_limit)
 
 
+FINISHED = ("done", "diverged")  # states of a run that need no more training
+
+
 class Busy(Exception):
     """Another process is training this run."""
 
@@ -107,7 +110,6 @@ class RunFolder:
         self.path = Path(outputs) / run.dataset / run.name
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.csv"
-        self.angles_path = self.path / "angles.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.error_path = self.path / "error.txt"
         self._read: tuple[tuple | None, tuple[int, bool]] = (None, (0, True))  # see `progress`
@@ -253,19 +255,17 @@ class RunFolder:
         """Add a row to metrics.csv; it is on disk when this returns."""
         append_rows(self.metrics_path, [row])
 
-    def append_angles(self, rows: list[dict[str, float | str | None]]) -> None:
-        """Add the rows of an epoch to angles.csv."""
-        append_rows(self.angles_path, rows)
-
     def keep(self, epochs: int) -> None:
         """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers.
+
+        Of metrics.csv, and of the files that recorders keep beside it.
 
         Raises:
             UserError: rows up to there are missing, or a file is damaged.
         """
         if len(self.rows()) < epochs:
             raise self.damaged(self.metrics_path, ValueError(f"rows up to epoch {epochs} are missing"))
-        for path in (self.metrics_path, self.angles_path):
+        for path in sorted(self.path.glob("*.csv")):
             try:
                 keep_rows(path, epochs)
             except ValueError as error:
@@ -274,8 +274,17 @@ class RunFolder:
     def save(self, checkpoint: dict) -> None:
         replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
 
+    def parameters_path(self, epoch: int) -> Path:
+        return self.path / "parameters" / f"epoch_{epoch}.pt"
+
+    def kept_epochs(self) -> set[int]:
+        """The epochs whose parameters are kept, where the initial ones are too."""
+        names = [path.name for path in self.parameters_path(0).parent.glob("epoch_*.pt")]
+        epochs = {int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
+        return epochs if 0 in epochs else set()
+
     def save_parameters(self, epoch: int, parameters: dict[str, torch.Tensor]) -> None:
-        path = self.path / "parameters" / f"epoch_{epoch}.pt"
+        path = self.parameters_path(epoch)
         path.parent.mkdir(exist_ok=True)
         replace(path, lambda file: torch.save(parameters, file))
 
@@ -322,8 +331,14 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def keep_rows(path: Path, epochs: int) -> None:
-    """Drop from a CSV file, where it exists, the rows after this epoch, their first column, and what was cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Drop from a CSV file whose first column is the epoch the rows after this one, and what was cut off.
+
+    Raises:
+        ValueError: a row whose first column is no number.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    if not lines or not lines[0].startswith("epoch,"):
+        return
     whole = [line for line in lines if line.endswith("\n")]
     kept = whole[:1] + [line for line in whole[1:] if int(line.partition(",")[0]) <= epochs]
     if kept != lines:

@@ -1,7 +1,7 @@
 """What is learned: for each kind of data the networks that fit it, the loss, and what is measured after an epoch."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ class Task:
     """Data, and how runs learn them.
 
     `columns` are the metrics of metrics.csv: "<split>_<measure>", averaged over batches. Those of the training split
-    are taken during training unless it is evaluated afterwards. `observe`, called with the rule and the epoch, adds
-    metrics of its own.
+    are taken during training unless it is evaluated afterwards.
     """
 
     columns: tuple[str, ...]
-    observe: Callable[[align_rules.Rule, int], dict[str, float | None]] | None = None
     evaluations: tuple[Evaluation, ...]
 
     def __init__(self, splits: dict[str, Sized], fingerprint: str, device: torch.device):
@@ -47,17 +45,7 @@ class Task:
         Raises:
             UserError: the run does not fit the data.
         """
-        examples = len(self.splits["train"])
-        if run.data_limit is not None and run.data_limit > examples:
-            raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
-        if examples < (step := run.batch_size * run.batches):
-            raise UserError(f"{examples} training images make no batch of {step}; use a smaller --batch-size")
-        if run.batch_size < 2:
-            limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
-            raise UserError(
-                f"a batch of one{limited}, cannot be normalised over the batch; choose --batch-size and --data-limits "
-                "with a common divisor of at least 2"
-            )
+        raise NotImplementedError
 
     def rule(self, run: Run) -> align_rules.Rule:
         """A fresh network with its published initial parameters, wrapped in the run's rule, on the device."""
@@ -105,6 +93,19 @@ class ClassificationTask(Task):
     classes: int
     image_shape: tuple[int, int, int]  # (channels, h, w)
     strides: tuple[int, ...]  # of the blocks
+
+    def check(self, run: Run) -> None:
+        examples = len(self.splits["train"])
+        if run.data_limit is not None and run.data_limit > examples:
+            raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
+        if examples < (step := run.batch_size * run.batches):
+            raise UserError(f"{examples} training images make no batch of {step}; use a smaller --batch-size")
+        if run.batch_size < 2:
+            limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
+            raise UserError(
+                f"a batch of one{limited}, cannot be normalised over the batch; choose --batch-size and --data-limits "
+                "with a common divisor of at least 2"
+            )
 
     def rule(self, run: Run) -> align_rules.Rule:
         channels, height, width = self.image_shape
