@@ -4,7 +4,6 @@ import csv
 import io
 import statistics
 
-import matplotlib.pyplot as plt
 import pytest
 
 from wide.figures import KINDS, draw_figure
@@ -138,7 +137,6 @@ def test_diverged_runs_are_marked(kind):
         figure = KINDS[kind](make_table(view, summaries, metrics), {}, 45000)
         lines = [line for panel in figure.axes for line in panel.lines if line.get_markerfacecolor() == "white"]
         labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        plt.close(figure)
         return [line.get_marker() for line in lines if len(line.get_xdata())], labels.count("hollow: diverged")
 
     assert marked(grid) == ([], 0)
@@ -163,7 +161,6 @@ def test_curves_show_every_metric_at_every_epoch_averaged_over_seeds():
     assert list(validation.get_xdata()) == [1, 2]
     assert list(validation.get_ydata()) == pytest.approx([30, 60])
     assert list(test.get_ydata()) == pytest.approx([20, 40])
-    plt.close(figure)
 
 
 def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():

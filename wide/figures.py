@@ -2,6 +2,8 @@
 
 Line figures show the last of the shown metrics against the table's axis, a panel per section and a line per rule.
 Where all that a cell could show has diverged, the rule's mark stands hollow on the lower edge of the panel.
+
+Figures are matplotlib's objects, without pyplot: whatever backend a notebook or a user has chosen is left alone.
 """
 
 import math
@@ -10,9 +12,9 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 
 from wide.rules import RULES
@@ -111,7 +113,7 @@ def curves(table: Table, references, examples: int):
         panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
         panel.set_ylabel(table.metrics.label(metric))
-        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
     _legend(figure)
@@ -125,9 +127,9 @@ def timing(table: Table, references, examples: int):
     for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
         _draw_lines(pair[0], table, rows, examples)
         pair[0].set_yscale("log")
-        pair[0].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        pair[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         pair[0].yaxis.set_major_formatter("{x:g}")
-        pair[0].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        pair[0].yaxis.set_minor_formatter(NullFormatter())
         pair[0].set_ylabel(table.metrics.label(_drawn(table)))
         for rule, cells in rows.items():
             both = zip(cells, rows.get(reference, cells), strict=True)
@@ -148,15 +150,14 @@ KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing, "curves":
 
 
 def _panels(count: int, sharey: bool = False):
-    size = (1.6 + 4.2 * count, 4.0)
-    figure, panels = plt.subplots(1, count, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
-    return figure, panels[0]
+    figure = Figure(figsize=(1.6 + 4.2 * count, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
 
 
 def _save(figure, title: str, file: BinaryIO) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)
 
 
 def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
@@ -236,7 +237,7 @@ def _logarithmic(panel, table: Table, examples: int) -> None:
     room = (positions[-1] / positions[0]) ** 0.05 if len(positions) > 1 else 2
     panel.set_xlim(positions[0] / room, positions[-1] * room)  # the same where some are missing
     panel.set_xticks(positions, [f"{x:g}" for x in positions], rotation=30 if len(positions) > 7 else 0)
-    panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xlabel(AXIS_LABELS[table.view.against])
     _plain(panel)
 
@@ -269,7 +270,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         layers = sorted({score.layer for score in scores})
         for number, layer in enumerate(layers):
             lightness = 0.75 * number / max(len(layers) - 1, 1)
-            style = {"color": plt.get_cmap("viridis")(lightness), "marker": MARKERS[number % len(MARKERS)]}
+            style = {"color": matplotlib.colormaps["viridis"](lightness), "marker": MARKERS[number % len(MARKERS)]}
             of_layer = [score for score in scores if score.layer == layer]
             _draw_score(panel, of_layer, "score", against, label=layer, linestyle="-", **style)
             _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
@@ -281,7 +282,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         places = sorted({getattr(score, against) for score in scores})
         if len(places) <= 10:
             panel.set_xticks(places, [str(place) for place in places])
-            panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter("{x:g}")
         _plain(panel)
     panels[0].set_ylabel("alignment score")

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from wide import UserError
+
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets in the environment beside WORLD_SIZE
+
 
 class Processes:
     """This process among those that train together.
@@ -96,14 +100,21 @@ class _Sum(torch.autograd.Function):
 
 
 def join(device: torch.device) -> Processes:
-    """The processes that torchrun has started, connected until they `leave`; else this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    """The processes that torchrun has started, connected until they `leave`; else this one alone.
+
+    Raises:
+        UserError: the environment speaks of several processes, but torchrun has not started them.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return ALONE
+    if not count.isdigit() or any(name not in os.environ for name in TORCHRUN):
+        others = ", ".join(TORCHRUN)
+        raise UserError(f"WORLD_SIZE is {count} here without {others}; start with torchrun, or unset WORLD_SIZE")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Processes(int(os.environ["RANK"]), count)
+    return Processes(int(os.environ["RANK"]), int(count))
 
 
 def leave(status: int) -> int:

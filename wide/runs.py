@@ -12,12 +12,15 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
+import functools
 import json
 import math
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +35,9 @@ try:
     import fcntl
 except ImportError:  # Windows: runs work, but two processes must not share one
     fcntl = None
+
+# What flock says on file systems without it, such as Lustre and NFS may be.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +217,10 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise Busy from error
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    note_no_locks(self.path.parents[1])
             yield
 
     def check(self, fingerprint: str) -> None:
@@ -302,6 +312,12 @@ class RunFolder:
             return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise self.damaged(self.checkpoint_path, error) from error
+
+
+@functools.cache
+def note_no_locks(outputs: Path) -> None:
+    """Once for an outputs folder."""
+    print(f"note: {outputs} lies on a file system without locks; start one process at a time there", file=sys.stderr)
 
 
 @contextlib.contextmanager
