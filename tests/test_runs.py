@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from comparing import assert_same
 
 from align_rules import gradient_angles
 from wide import UserError
@@ -20,21 +21,6 @@ RUN = Run("add", "rnn", "align_ada", width=8, learning_rate=0.001, seed=99, batc
 @pytest.fixture
 def task():
     return AddTask("published", torch.device("cpu"))
-
-
-def without_seconds(folder):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in folder.rows()]
-
-
-def parameters(folder):
-    return folder.load(torch.device("cpu"))["rule"]
-
-
-def assert_same(first, second):
-    assert without_seconds(first) == without_seconds(second)
-    mine, theirs = parameters(first), parameters(second)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_run_leaves_its_files(task, tmp_path):

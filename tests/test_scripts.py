@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from comparing import assert_same
 from running import ROOT, script
 from small_data import made_up, write_kmnist
-from test_runs import assert_same
 
 from wide.recorders import Angles
 from wide.runs import Run, RunFolder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from wide import UserError
 from wide.alignment import layer_scores
 from wide.options import PAPER_SEED
-from wide.parameters import kept_pair, load_pair
+from wide.parameters import KINDS, kept_pair, load_pair
 from wide.report import write_report
 from wide.runs import FINISHED, RunFolder
 from wide.tables import settings_text, unusual_text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wide.experiments import Subject
     from wide.study import Study
 
-KINDS = ("score", "control")
+COLUMNS = ("score", "control")
 TABLE_EPOCHS = 10  # columns of the table of scores against time; the .csv has every epoch
 
 
@@ -158,15 +158,17 @@ def score_files(subject: "Subject", files: tuple[Path, Path, Path], shuffle_seed
     """A table of the scores of a pair of networks from three state_dicts: initial, trained and align.
 
     Raises:
-        UserError: as for `load_pair`.
+        UserError: as for `load_pair`, or a kind of network that the subject does not have.
     """
     network, parameters = load_pair(*files, subject.strides)
+    if (kind := KINDS[type(network)]) not in subject.networks:
+        raise UserError(f"{files[0]} holds a network of the kind {kind}, which {subject.title} has not")
     scores = layer_scores(network, parameters, subject.image_size, shuffle_seed)
     lines = ["| layer | score | weights shuffled |", "|---|---|---|"]
     for number in range(1, len(scores) // 2 + 1):
-        cells = [scores[f"{kind}_{number}"] for kind in KINDS]
+        cells = [scores[f"{kind}_{number}"] for kind in COLUMNS]
         texts = ["undefined" if value is None else f"{value:.4f}" for value in cells]
-        lines.append(f"| {_layer_name(subject.networks[0], number)} | {' | '.join(texts)} |")
+        lines.append(f"| {_layer_name(kind, number)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -201,7 +203,7 @@ def _table(scores: list[LayerScore], against: str) -> list[str]:
     places = _thinned(sorted({getattr(score, against) for score in scores}))
     lines = ["| layer | " + " | ".join(f"{against} {place}" for place in places) + " |"]
     lines.append("|---" * (1 + len(places)) + "|")
-    for kind in KINDS:
+    for kind in COLUMNS:
         for layer in sorted({score.layer for score in scores}):
             cells = [[s for s in scores if s.layer == layer and getattr(s, against) == place] for place in places]
             label = layer if kind == "score" else f"{layer}, weights shuffled"

@@ -12,6 +12,8 @@ from wide.alignment import PairParameters
 from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
 from wide.runs import RunFolder
 
+KINDS = {ConvolutionalNetwork: "cnn", FullyConnectedNetwork: "mlp", RecurrentNetwork: "rnn"}
+
 
 def load(path: Path) -> dict[str, Tensor]:
     """The tensors of a state_dict, by name, on the CPU. No code in the file is run.
