@@ -2,16 +2,19 @@
 
 import csv
 import math
+import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from comparing import assert_same
+from running import ROOT
 
 from align_rules import gradient_angles
 from wide import UserError
-from wide.recorders import Angles
-from wide.runs import Busy, Run, RunFolder, Thrift, effective_batch, pack_stream, unpack_stream
+from wide.recorders import Angles, Recorder
+from wide.runs import Busy, Run, RunFolder, Thrift, append_rows, effective_batch, pack_stream, unpack_stream
 from wide.tasks import AddTask
 from wide.training import Training, train
 
@@ -111,6 +114,44 @@ def test_angles_are_those_of_the_last_batch_before_its_update(task):
     task.loss(again.rule(inputs), targets).backward()
     expected = gradient_angles(again.rule, lambda outputs: task.loss(outputs, targets), inputs)
     assert [row["degrees_to_backprop"] for row in recorder.rows] == list(expected.values())
+
+
+class Slow(Recorder):
+    """Takes its time, and columns and a file of its own."""
+
+    told = ()  # in order
+
+    def start(self, training, folder):
+        self.told += ("start",)
+
+    def gradients(self, training, inputs, targets):
+        assert any(parameter.grad is not None for parameter in training.rule.parameters())
+        self.told += ("gradients",)
+        time.sleep(1)
+
+    def columns(self, training):
+        self.told += ("columns",)
+        time.sleep(1)
+        return {"double": 2 * training.epoch}
+
+    def epoch(self, training, folder):
+        self.told += (f"epoch {training.epoch}",)
+        append_rows(folder.path / "slow.csv", [{"epoch": training.epoch, "what": "ever"}])
+
+
+def test_recorders_are_told_in_order_and_cost_no_seconds(task, tmp_path):
+    folder, slow = RunFolder(tmp_path, RUN), Slow()
+    train(task, folder, 2, [slow])
+    assert slow.told == ("start", *("gradients", "columns", "epoch 1"), *("gradients", "columns", "epoch 2"))
+    assert [row["double"] for row in folder.rows()] == [2, 4]
+    assert all(row["seconds"] < 1 for row in folder.rows())
+    folder.keep(1)  # rows of a recorder go with those of the metrics
+    assert (folder.path / "slow.csv").read_text() == "epoch,what\n1,ever\n"
+
+
+def test_the_loop_knows_no_recorder_by_name():
+    source = (ROOT / "wide" / "training.py").read_text()
+    assert not re.search("Angles|KeptParameters|AlignmentScores|angles|score", source)
 
 
 def test_diverged_runs_stop_and_stay(task, tmp_path):

@@ -13,7 +13,7 @@ from wide import UserError
 from wide.alignment import layer_scores
 from wide.options import PAPER_SEED
 from wide.parameters import KINDS, kept_pair, load_pair
-from wide.report import write_report
+from wide.report import figures, write_report
 from wide.runs import FINISHED, RunFolder
 from wide.tables import settings_text, unusual_text
 
@@ -137,9 +137,7 @@ class ScoreReport:
         title = study.title + after + unusual_text(study.runs)
 
         def draw(file: BinaryIO) -> None:
-            from wide.figures import draw_scores  # matplotlib takes a second to import
-
-            draw_scores(file, title, sections, self.against)
+            figures().draw_scores(file, title, sections, self.against)
 
         text = _markdown(title, sections, self.against, study)
         return write_report(study.report_path, _as_csv(sections), text, draw)

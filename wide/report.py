@@ -2,9 +2,11 @@
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
 from wide.rules import RULES
@@ -46,9 +48,7 @@ class TableReport:
         examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
 
         def draw(file: BinaryIO) -> None:
-            from wide.figures import draw_figure  # matplotlib takes a second to import
-
-            draw_figure(file, title, table, references, examples)
+            figures().draw_figure(file, title, table, references, examples)
 
         text = markdown(title, table, [*summaries, *beside], references)
         return write_report(study.report_path, as_csv(summaries), text, draw)
@@ -58,6 +58,21 @@ class TableReport:
         data = {summary.data for summary in summaries}
         compared = [Summary.read(folder, study.epochs, metrics) for folder in study.compared_folders]
         return [summary for summary in compared if summary.status == "done" and summary.data in data]
+
+
+def figures() -> ModuleType:
+    """wide.figures, imported only now: matplotlib takes a second.
+
+    Without MPLBACKEND: no backend is used, and with one that is not installed, such as the one that a notebook sets for
+    itself and its commands, matplotlib refuses to be imported.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from wide import figures
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return figures
 
 
 def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], None]) -> str:
