@@ -21,14 +21,13 @@ SCRIPTS = sorted(path for stem in ("setup", "train", "alignment") for path in RO
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "QtAgg", "no such backend"])
 def test_the_backend_of_a_notebook(tmp_path, backend):
-    """It is never loaded. One that matplotlib does not even import with costs the figure alone."""
+    """It is never loaded, and need not be installed."""
     done = script("train_add.py", 1, *TINY, "--outputs", tmp_path, variables={"MPLBACKEND": backend})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "add" / "experiment_1.csv").exists()
     assert (tmp_path / "add" / "experiment_1.md").read_text() in done.stdout
-    drawn = (tmp_path / "add" / "experiment_1.png").exists()
-    assert drawn == (backend != "no such backend")
-    assert (done.stderr == "") == drawn
+    assert (tmp_path / "add" / "experiment_1.png").exists()
+    assert done.stderr == ""
 
 
 def test_figures_leave_pyplot_alone():
@@ -101,11 +100,8 @@ def test_scripts_show_interrupts_in_a_line_from_the_start(path):
     guards = [node for node in body if isinstance(node, ast.If) and "install_excepthook()" in ast.unparse(node)]
     assert [alias.name for alias in imports[0].names] == ["install_excepthook"]
     assert len(guards) == 1
-    late = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno > guards[0].lineno]
-    early = {
-        name for node in body if isinstance(node, ast.Import) and node not in late for name in [node.names[0].name]
-    }
-    assert early <= sys.stdlib_module_names
+    early = [node for node in body if isinstance(node, ast.Import) and node.lineno < guards[0].lineno]
+    assert {node.names[0].name for node in early} <= sys.stdlib_module_names
 
 
 def test_importing_the_package_sets_no_hook():
