@@ -118,7 +118,7 @@ class ImageDataset:
         images, labels = self.read(tuple(self.folder / file for file in files))
         if len(images) < minimum:
             raise self.damaged(f"holds {len(images)} {part} images, but at least {minimum} are needed", self.folder)
-        return torch.from_numpy(images), torch.from_numpy(labels).long()
+        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
 
     def _find(self, url: str) -> None:
         missing = [file for file in self.train_files + self.test_files if not os.path.exists(self.folder / file)]
