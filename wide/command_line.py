@@ -14,7 +14,7 @@ from wide.alignment_report import score_files
 from wide.datasets import ImageDataset
 from wide.devices import PRECISIONS
 from wide.experiments import Experiment, Subject
-from wide.grid import run
+from wide.grid import Failures, run
 from wide.options import PAPER_SEED, DataOptions, Options, RecordOptions, StepOptions
 from wide.processes import leave
 from wide.study import Machine, Study
@@ -43,18 +43,18 @@ def main(
     parser = build_parser(description, subject, experiments)
     arguments = parse(parser, experiments, argv)
 
-    def carry_on() -> list:
+    def command() -> Failures:
         if arguments.files:
             print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
             return []
         options = as_options(arguments, subject)
         return run(Study.of(subject, experiments, options, Machine.chosen(options)))
 
-    return leave(exit_status(parser.prog, carry_on))
+    return leave(exit_status(parser.prog, command))
 
 
-def exit_status(program: str, command: Callable[[], list]) -> int:
-    """Carry out a command that returns what failed, and say in a line what went wrong."""
+def exit_status(program: str, command: Callable[[], Failures]) -> int:
+    """Run a command that returns what failed, and say in a line what went wrong."""
     try:
         failures = command()
     except UserError as error:

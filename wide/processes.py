@@ -1,8 +1,8 @@
 """Several processes that train one network together, on one machine or on many, as torchrun starts them.
 
-The first process decides what is trained and writes what is kept; the others follow it. All hold the whole network,
-with the same initial parameters and feedback weights, which follow from the seed. Gradients are summed over processes
-after every backward pass, whatever the learning rule.
+The first process, the leader, decides what is trained and writes what is kept; the others are its workers. All hold the
+whole network, with the same initial parameters and feedback weights, which follow from the seed. Gradients are summed
+over processes after every backward pass, whatever the learning rule.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Processes:
         self.working_now = False
 
     def dismiss(self) -> None:
-        """Tell the other processes to end, where they listen: those that an error left at work torchrun stops."""
+        """End the workers, where they listen: those that an error left at work torchrun stops."""
         if self.working_now:
             return
         with contextlib.suppress(RuntimeError):  # one has ended already, with an error of its own
@@ -130,5 +130,5 @@ def leave(status: int) -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, as torchrun tells it."""
+    """The number of this process on its machine, as torchrun numbers them."""
     return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,7 +1,7 @@
 """What is recorded of a run beside its metrics: angles between gradients, parameters.
 
-A run's training is given a list of recorders, and tells each of them when it starts, of the last update of every epoch,
-and of the end of every epoch. Each keeps what it records in files of its own in the run's folder, or in columns of its
+A run's training is given a list of recorders, and calls each of them when it starts, before the last update of every
+epoch, and after every epoch. Each keeps what it records in files of its own in the run's folder, or in columns of its
 own. The time that they take is no part of an epoch's seconds.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Recorder:
     """Records nothing. Others override what they need.
 
-    In several processes that train together, those of the first are told, and of its share of the batches.
+    Of several processes that train together the first has recorders, which see its share of the batches.
     """
 
     def start(self, training: Training, folder: RunFolder) -> None:

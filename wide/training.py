@@ -92,7 +92,7 @@ class Training:
         """An update by the mean of the loss over all examples of this process' share of a step, and of the others'.
 
         Args:
-            last: of an epoch; recorders are told of its gradients.
+            last: of an epoch; recorders see its gradients.
 
         Returns:
             Outputs, targets and mean loss of this process' examples.
