@@ -41,6 +41,7 @@ def test_a_figure_that_fails_is_a_note(tmp_path, capsys):
         file.write(b"half of a figure")
         raise RuntimeError("no fonts")
 
+    (tmp_path / "report.png").write_text("an earlier one")
     text = write_report(tmp_path / "report", "a,b\n", "# Title\n", draw)
     assert text.endswith("written to " + str(tmp_path / "report") + ".csv, .md")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.md"]

@@ -157,12 +157,8 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
     if subject.variants:
-        add(
-            "--variant",
-            choices=subject.variants,
-            default=subject.variants[0],
-            help="default %(default)s (docs/differences.md)",
-        )
+        default = "default %(default)s (docs/differences.md)"
+        add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
     add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")

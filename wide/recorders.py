@@ -5,8 +5,6 @@ epoch, and after every epoch. Each keeps what it records in files of its own in 
 own. The time that they take is no part of an epoch's seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -25,20 +23,20 @@ class Recorder:
     Of several processes that train together the first has recorders, which see its share of the batches.
     """
 
-    def start(self, training: Training, folder: RunFolder) -> None:
+    def start(self, training: "Training", folder: RunFolder) -> None:
         """Before the first step of a run, once in its life."""
 
-    def gradients(self, training: Training, inputs: Tensor, targets: Tensor) -> None:
+    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
         """Before the last update of an epoch, whose gradients stand in .grad; they were made from this batch.
 
         Where a step has several batches, this is its last one.
         """
 
-    def columns(self, training: Training) -> Mapping[str, float | None]:
+    def columns(self, training: "Training") -> Mapping[str, float | None]:
         """After an epoch, number `training.epoch`: columns to add to its row of metrics.csv, always the same ones."""
         return {}
 
-    def epoch(self, training: Training, folder: RunFolder) -> None:
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
         """After an epoch, number `training.epoch`, when its row stands in metrics.csv."""
 
 
@@ -58,7 +56,7 @@ class Angles(Recorder):
     def __init__(self):
         self.rows: list[dict[str, float | str | None]] = []
 
-    def gradients(self, training: Training, inputs: Tensor, targets: Tensor) -> None:
+    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
         with training.autocast():
             degrees = gradient_angles(training.rule, lambda outputs: training.loss(outputs, targets), inputs)
         feedback = feedback_angles(training.rule)
@@ -72,7 +70,7 @@ class Angles(Recorder):
             for name, angle in degrees.items()
         ]
 
-    def epoch(self, training: Training, folder: RunFolder) -> None:
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
         if self.rows:
             append_rows(folder.path / self.file, self.rows)
             self.rows = []  # the next epoch may have none
@@ -84,12 +82,12 @@ class KeptParameters(Recorder):
     def __init__(self, epochs: Iterable[int]):
         self.epochs = frozenset(epochs)
 
-    def start(self, training: Training, folder: RunFolder) -> None:
+    def start(self, training: "Training", folder: RunFolder) -> None:
         self.keep(training, folder)
 
-    def epoch(self, training: Training, folder: RunFolder) -> None:
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
         self.keep(training, folder)
 
-    def keep(self, training: Training, folder: RunFolder) -> None:
+    def keep(self, training: "Training", folder: RunFolder) -> None:
         if training.epoch in self.epochs:
             folder.save_parameters(training.epoch, training.parameters())

@@ -1,5 +1,6 @@
 """Reports: an experiment's .csv, .md and .png, from what is in outputs/. Nothing here trains."""
 
+import contextlib
 import csv
 import io
 import os
@@ -94,6 +95,8 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
         replace(path.with_suffix(".png"), draw)
     except Exception as error:  # whatever matplotlib, its configuration or its fonts have
         print(f"note: {path}.png is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # an earlier one would not belong to this table
+            path.with_suffix(".png").unlink(missing_ok=True)
         return f"{text}\nwritten to {path}.csv, .md"
     return f"{text}\nwritten to {path}.csv, .md, .png"
 
