@@ -4,22 +4,29 @@ The paper lists these experiments, but their code was never released; they are b
 CIFAR-10. Pairs of networks ("normal" by backprop, "align" by what Align-zero would write with its error) train for
 300 epochs at learning rate 5, from one initialisation. 1 trains them, 2 scores every layer against width after 150
 epochs, 3 against training time at width 512, with shuffled weights as control. Scores are computed while the pairs
-train.
+train, or from the parameters that they kept.
 """
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from train_imagenet import SUBJECT
-from wide.alignment_report import alignment_experiments, scored
+from wide.alignment_experiments import alignment_experiments, pairs, scored
 from wide.command_line import main
 
 EXPERIMENTS = alignment_experiments(
-    widths=(8, 16, 32, 64, 128, 256, 512),
-    learning_rate=5,
-    epochs=300,
+    pairs(
+        widths=(8, 16, 32, 64, 128, 256, 512),
+        learning_rate=5,
+        epochs=300,
+        quick={"widths": (8, 16), "learning_rates": (2,), "batch_size": 20, "epochs": 4},
+    ),
     scored_after=150,
     timed_width=512,
-    quick={"widths": (8, 16), "learning_rates": (2,), "batch_size": 20, "epochs": 4, "keep": ()},
 )
 
 if __name__ == "__main__":

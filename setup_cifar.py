@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 import numpy as np
 
-from wide.datasets import ImageDataset, setup
+from wide.command_line import setup
+from wide.datasets import ImageDataset
 
 
 class CIFAR(ImageDataset):

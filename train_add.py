@@ -6,8 +6,14 @@ The table gives the best (lowest) training / test loss over the epochs, beside t
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
+from wide.options import DataOptions
 from wide.tables import BEST_LOSS
 from wide.tasks import AddTask
 
@@ -23,23 +29,22 @@ EXPERIMENTS = {
 }
 
 
-def guessing(arguments) -> dict[str, dict[str, float]]:
-    task = AddTask(arguments.variant, "cpu")
+def guessing(data: DataOptions) -> dict[str, dict[str, float]]:
+    task = AddTask(data.variant, "cpu")
     return {"guessing 0.5": {"train_loss": task.chance("train"), "test_loss": task.chance("test")}}
 
 
 SUBJECT = Subject(
     dataset="add",
     title="Add task",
-    task=lambda arguments, device: AddTask(arguments.variant, device),
+    task=lambda data, device: AddTask(data.variant, device),
     networks=("rnn",),
     variants=("published", "corrected"),
     batch_size=50,
     examples=300,
     axes=("rules", "widths", "learning_rates", "seeds"),
-    measured=BEST_LOSS,
+    metrics=BEST_LOSS,
     references=guessing,
-    unsuited={"dfa": "direct feedback is not defined for the recurrent network; choose other rules"},
 )
 
 if __name__ == "__main__":

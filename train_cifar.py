@@ -6,10 +6,15 @@ the learning rate with the best validation accuracy; the validation split is the
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from setup_cifar import CIFAR
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.tables import ACCURACY, EPOCH_TIME, Layout
+from wide.tables import ACCURACY, EPOCH_TIME, View
 from wide.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
@@ -35,7 +40,7 @@ EXPERIMENTS = {
         widths=(8, 256),
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
         epochs=150,
-        layout=Layout(against="learning_rate", best_over=()),
+        view=View(against="learning_rate", best_over=()),
         quick=QUICK | {"widths": (8,), "learning_rates": (0.2, 1, 5, 20)},
     ),
     3: Experiment(
@@ -56,7 +61,7 @@ EXPERIMENTS = {
         learning_rates=LEARNING_RATES,
         epochs=150,
         data_limits=(45, 150, 450, 1500, 4500, 15000, 45000),
-        layout=Layout(against="data_limit", best_over=("learning_rate", "width"), figure="gap"),
+        view=View(against="data_limit", best_over=("learning_rate", "width"), figure="gap"),
         quick=QUICK | {"widths": (16,), "data_limits": (45, 150, 450), "epochs": 20},
     ),
     5: Experiment(
@@ -75,7 +80,7 @@ EXPERIMENTS = {
         learning_rates=LEARNING_RATES,
         epochs=150,
         seeds=SEEDS,
-        layout=Layout(figure="seeds"),
+        view=View(figure="seeds"),
         quick=QUICK | {"widths": (16,), "seeds": SEEDS[:3]},
     ),
     7: Experiment(
@@ -85,8 +90,8 @@ EXPERIMENTS = {
         learning_rates=LEARNING_RATES,
         epochs=1,
         seeds=SEEDS,
-        layout=Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"),
-        measured=EPOCH_TIME,
+        view=View(best_over=(), averaged=("seed", "learning_rate"), figure="timing"),
+        metrics=EPOCH_TIME,
         timed=True,
         quick={"widths": (8, 16, 32), "learning_rates": (5,), "data_limits": (1000,), "seeds": SEEDS[:2], "epochs": 1},
     ),
@@ -95,10 +100,12 @@ EXPERIMENTS = {
 SUBJECT = Subject(
     dataset="cifar",
     title="CIFAR-10",
-    task=lambda arguments, device: ImageTask(CIFAR(arguments.data_dir), STRIDES, device),
+    task=lambda data, device: ImageTask(CIFAR(data.folder), STRIDES, device),
+    image_size=CIFAR.image_shape[1:],
+    strides=STRIDES,
     networks=("cnn", "mlp"),
     batch_size=100,
-    measured=ACCURACY,
+    metrics=ACCURACY,
     examples=45000,
 )
 

@@ -11,9 +11,15 @@ batches of its own, normalised by themselves, and gradients are averaged over al
 import sys
 from pathlib import Path
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.tables import TOP_ACCURACY, Layout
+from wide.options import DataOptions
+from wide.tables import TOP_ACCURACY, View
 
 STRIDES = (4, 2, 1, 2, 1, 2, 1)
 QUICK = {"widths": (16,), "learning_rates": (2,), "batch_size": 20, "epochs": 8}
@@ -25,36 +31,39 @@ EXPERIMENTS = {
         widths=(512,),
         learning_rates=(5,),
         epochs=300,
-        layout=Layout(figure="curves"),
+        view=View(figure="curves"),
         quick=QUICK,
     ),
 }
 
 
-def folders(arguments, device):
+def folders(data: DataOptions, device):
     from wide.image_folders import FolderTask  # torchvision takes seconds to import
 
-    return FolderTask(arguments.data_dir, STRIDES, device, arguments.workers)
+    return FolderTask(data.folder, STRIDES, device, data.workers)
 
 
-def generated(arguments, device):
+def generated(data: DataOptions, device):
     from wide.image_folders import FolderTask
     from wide.shapes import shapes
 
-    return FolderTask(shapes(arguments.data_dir), STRIDES, device, arguments.workers)
+    return FolderTask(shapes(data.folder), STRIDES, device, data.workers)
 
 
 SUBJECT = Subject(
     dataset="imagenet",
     title="ImageNet",
     task=folders,
+    image_size=(224, 224),
+    strides=STRIDES,
     networks=("cnn",),
     batch_size=100,
-    measured=TOP_ACCURACY,
+    metrics=TOP_ACCURACY,
     examples=1281167,
     axes=("rules", "widths", "learning_rates", "seeds"),
     data_dir=Path(".."),
-    from_disk=True,
+    from_files=True,
+    distributed=True,
     quick={"dataset": "shapes", "title": "Coloured shapes (not ImageNet)", "task": generated, "data_dir": Path("data")},
 )
 

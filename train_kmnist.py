@@ -6,10 +6,15 @@ the best validation accuracy; the validation split is the first 5000 training im
 
 import sys
 
+from wide import install_excepthook
+
+if __name__ == "__main__":  # first: importing torch takes seconds
+    install_excepthook()
+
 from setup_kmnist import KMNIST
 from wide.command_line import main
 from wide.experiments import Experiment, Subject
-from wide.tables import ACCURACY, Layout
+from wide.tables import ACCURACY, View
 from wide.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
@@ -31,7 +36,7 @@ EXPERIMENTS = {
         widths=(8, 256),
         learning_rates=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
         epochs=100,
-        layout=Layout(against="learning_rate", best_over=()),
+        view=View(against="learning_rate", best_over=()),
         quick={"widths": (8, 32), "learning_rates": (0.2, 1, 5, 20), "data_limits": (1000,), "epochs": 3},
     ),
 }
@@ -39,10 +44,12 @@ EXPERIMENTS = {
 SUBJECT = Subject(
     dataset="kmnist",
     title="KMNIST",
-    task=lambda arguments, device: ImageTask(KMNIST(arguments.data_dir), STRIDES, device),
+    task=lambda data, device: ImageTask(KMNIST(data.folder), STRIDES, device),
+    image_size=KMNIST.image_shape[1:],
+    strides=STRIDES,
     networks=("cnn", "mlp"),
     batch_size=100,
-    measured=ACCURACY,
+    metrics=ACCURACY,
     examples=55000,
 )
 

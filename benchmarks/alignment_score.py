@@ -51,7 +51,7 @@ def measure(setting: Setting) -> Cost:
 
     def score(draws: int) -> scores.Score:
         if draws:
-            return scores.sampled_score(layer, normal, align, size, draws, BATCH)
+            return scores.sampled_score(layer, normal, align, size, scores.Draws(draws, BATCH))
         return scores.exact_score(layer, normal, align, size)
 
     before = peak_megabytes()

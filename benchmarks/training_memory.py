@@ -23,21 +23,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_cifar
 import train_imagenet
 from align_rules import RULES, Rule
-from wide.networks import ConvolutionalNetwork, draw
+from wide.networks import ConvolutionalNetwork
+from wide.rules import make_rule
+from wide.runs import Run
 
 
 class Geometry(NamedTuple):
-    """Of the paper's network for a dataset. `feedback`: the kind that DFA takes."""
+    """Of the paper's network for a dataset. `pooled`: what DFA's feedback reaches."""
 
     size: int
     strides: tuple[int, ...]
     classes: int
-    feedback: str
+    pooled: bool
 
 
 GEOMETRIES = {
-    "cifar": Geometry(32, train_cifar.STRIDES, 10, "blocks"),
-    "imagenet": Geometry(224, train_imagenet.STRIDES, 1000, "pooled"),
+    "cifar": Geometry(32, train_cifar.STRIDES, 10, pooled=False),
+    "imagenet": Geometry(224, train_imagenet.STRIDES, 1000, pooled=True),
 }
 
 
@@ -72,9 +74,8 @@ class Live(TorchDispatchMode):
 
 def make(rule: str, geometry: Geometry, width: int) -> Rule:
     network = ConvolutionalNetwork(3, width, geometry.strides, geometry.classes)
-    kind = {"fa": "layers", "dfa": geometry.feedback}.get(rule)
-    feedback = draw(network, 99, kind, (3, geometry.size, geometry.size))
-    return RULES[rule](network, **({"feedback": feedback} if feedback else {}))
+    run = Run("", "cnn", rule, width, learning_rate=1e-3, seed=99, batch_size=0)
+    return make_rule(run, network, (3, geometry.size, geometry.size), geometry.pooled)
 
 
 def step(rule: Rule, geometry: Geometry, batch: int, device: str) -> None:

@@ -15,8 +15,8 @@ def command(name, *arguments, processes=1):
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, arguments)]
 
 
-def script(name, *arguments, processes=1, **keywords):
-    """The finished process of a script, with its output as text."""
-    environment = {**os.environ, **NO_NETWORK}
+def script(name, *arguments, processes=1, variables=None, **keywords):
+    """The finished process of a script, with its output as text; `variables` of the environment replace ours."""
+    environment = {**os.environ, **NO_NETWORK, **(variables or {})}
     line = command(name, *arguments, processes=processes)
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, **keywords)

@@ -1,18 +1,19 @@
 """Pairs of networks and their scores, through the training loop and the scripts."""
 
 import csv
-import json
 import math
+import shutil
 from collections import namedtuple
 
 import pytest
 import torch
+from golden_runs import image_task, load
 from running import script
-from test_golden import GOLDEN, image_task
 
-from wide.alignment import AlignmentScores, Pair
+from wide.alignment import AlignmentScores, Pair, PairParameters, layer_scores
 from wide.alignment_report import read_scores
 from wide.networks import ConvolutionalNetwork, RecurrentNetwork, draw
+from wide.recorders import KeptParameters
 from wide.runs import Run, RunFolder
 from wide.scores import exact_score
 from wide.tasks import AddTask
@@ -23,7 +24,7 @@ PAIR = Run("add", "rnn", "pair", width=8, learning_rate=0.001, seed=99, batch_si
 
 def test_golden_weight_changes():
     """The published "normal" and "align" networks, trained here in one run."""
-    golden = json.loads((GOLDEN / "alignment_kmnist.json").read_text())["training"]
+    golden = load("alignment_kmnist")["training"]
     training = Training(image_task("kmnist", torch.float32, seed=2), Run("kmnist", "cnn", "pair", 8, 5.0, 99, 50))
     rows = [training.train_epoch() for _ in range(4)]
     for name, network in (("normal", training.rule.network), ("align", training.rule.align)):
@@ -67,11 +68,11 @@ def test_the_normal_network_is_the_one_that_backprop_trains():
 
 def test_pairs_resume_to_the_same_scores(tmp_path):
     task = AddTask("corrected", torch.device("cpu"))
-    task.observe = AlignmentScores()
+    recorders = [AlignmentScores(), KeptParameters((0, 2))]
     whole, parts = RunFolder(tmp_path / "whole", PAIR), RunFolder(tmp_path / "parts", PAIR)
-    train(task, whole, 3, keep=(0, 2))
-    train(task, parts, 1, keep=(0, 2))
-    train(task, parts, 3, keep=(0, 2))
+    train(task, whole, 3, recorders)
+    train(task, parts, 1, recorders)
+    train(task, parts, 3, recorders)
     assert read_scores(whole, 3) == read_scores(parts, 3)
     assert len(read_scores(whole, 3)) == 3
     kept = [torch.load(f.path / "parameters" / "epoch_2.pt", weights_only=True) for f in (whole, parts)]
@@ -148,7 +149,7 @@ def test_one_data_limit_at_a_time(kmnist, tmp_path):
 
 def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch, capsys):
     import alignment_add
-    from wide.alignment_report import scored
+    from wide.alignment_experiments import scored
     from wide.command_line import main
 
     usage = namedtuple("usage", "total used free")
@@ -157,3 +158,128 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch, capsys):
     assert main("", scored(alignment_add.SUBJECT), alignment_add.EXPERIMENTS, options) == 2
     assert "another --outputs" in capsys.readouterr().err
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+# --------------------------------------------------------------------------------------- from parameters that were kept
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Outputs of a pair on the Add task: three epochs, scored after the first alone, parameters kept at 0, 2 and 3."""
+    outputs = tmp_path_factory.mktemp("kept")
+    options = ["--widths", 8, "--epochs", 3, "--outputs", outputs, "--score-epochs", 1, "--keep-parameters", 0, 2, 3]
+    assert script("alignment_add.py", 1, *options).returncode == 0
+    return outputs
+
+
+@pytest.fixture
+def kept(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "outputs")
+
+
+def scores_in(outputs, part):
+    return list(csv.DictReader((outputs / "add" / f"alignment_{part}.csv").open()))
+
+
+def test_what_is_kept_is_scored_and_nothing_is_trained(kept):
+    before = {path: path.read_bytes() for path in kept.glob("add/*/*.csv")}
+    options = ["--widths", 8, "--epochs", 3, "--outputs", kept]
+    second = script("alignment_add.py", 2, *options)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.startswith("# Add task: alignment score against width, after epoch 3")  # nothing was trained
+    assert script("alignment_add.py", 3, *options).returncode == 0
+    assert [row["epoch"] for row in scores_in(kept, 3)] == ["1", "2", "3"]  # the first from metrics.csv
+    assert before == {path: path.read_bytes() for path in kept.glob("add/*/*.csv")}
+
+    whole = AlignmentScores()
+    train(AddTask("published", torch.device("cpu")), folder := RunFolder(kept / "whole", PAIR), 3, [whole])
+    expected = [(score.score, score.control) for score in read_scores(folder, 3)]
+    assert [(float(row["score"]), float(row["control"])) for row in scores_in(kept, 3)] == expected
+
+
+def test_another_shuffle_of_the_control(kept):
+    options = ["--widths", 8, "--epochs", 3, "--outputs", kept]
+    for seed in (99, 5):
+        done = script("alignment_add.py", 3, *options, "--score-epochs", 2, 3, "--shuffle-seed", seed)
+        assert done.returncode == 0, done.stderr
+        rows = {row["epoch"]: row for row in scores_in(kept, 3)}
+        assert rows.keys() == {"2", "3"}
+        assert ("shuffled with seed 5" in done.stdout) == (seed == 5)
+        if seed == 99:
+            published = rows
+    assert all(rows[epoch]["score"] == published[epoch]["score"] for epoch in rows)
+    assert all(rows[epoch]["control"] != published[epoch]["control"] for epoch in rows)
+
+    never = script("alignment_add.py", 3, *options, "--score-epochs", 1, "--shuffle-seed", 5)
+    assert never.returncode == 2
+    assert "no parameters are kept" in never.stderr
+
+
+def test_what_another_shuffle_needs_is_kept_by_what_is_trained_for_it(tmp_path):
+    options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path, "--shuffle-seed", 5]
+    done = script("alignment_add.py", 2, *options, "--keep-parameters")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 runs to train" in done.stdout
+    assert {path.name for path in tmp_path.rglob("epoch_*.pt")} == {"epoch_0.pt", "epoch_2.pt"}
+    (row,) = RunFolder(tmp_path, PAIR).rows()[1:]
+    assert float(scores_in(tmp_path, 2)[0]["control"]) != row["control_1"]  # which is of the published seed
+
+
+def test_parameters_alone_are_scored(kept):
+    """Copied from elsewhere, without the rest of the run."""
+    folder = RunFolder(kept, PAIR)
+    for path in (folder.metrics_path, folder.config_path, folder.checkpoint_path):
+        path.unlink()
+    done = script("alignment_add.py", 2, "--widths", 8, "--epochs", 3, "--outputs", kept)
+    assert done.returncode == 0, done.stderr
+    assert "to train" not in done.stdout
+    assert len(scores_in(kept, 2)) == 1
+
+
+def test_scores_of_three_files(tmp_path):
+    network = ConvolutionalNetwork(1, 4, (1, 2, 2), 10)
+    draw(network, 1)
+    states = [{k: v.clone() for k, v in network.state_dict().items()}]
+    states += [{k: v + torch.randn(v.shape) for k, v in states[0].items()} for _ in range(2)]
+    files = [tmp_path / name for name in ("initial.pt", "trained.pt", "align.pt")]
+    for path, state in zip(files, states, strict=True):
+        torch.save(state, path)
+    done = script("alignment_kmnist.py", "--files", *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = layer_scores(network, PairParameters(*states), (28, 28))
+    for number in (1, 2, 3):
+        cells = f"{expected[f'score_{number}']:.4f} | {expected[f'control_{number}']:.4f}"
+        assert f"| layer {number} | {cells} |" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files)
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+def test_files_that_cannot_be_scored(kept, tmp_path, capsys):
+    import alignment_add
+    from wide.alignment_experiments import scored
+    from wide.command_line import main
+
+    def refused(*files):
+        words = ["--files", *map(str, files)]
+        assert main("", scored(alignment_add.SUBJECT), alignment_add.EXPERIMENTS, words) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert len(printed.err.splitlines()) == 1
+        return printed.err
+
+    folder = RunFolder(kept, PAIR)
+    first, last = folder.parameters_path(0), folder.parameters_path(3)
+    convolutional, code, wide = tmp_path / "cnn.pt", tmp_path / "code.pt", tmp_path / "wide.pt"
+    torch.save(ConvolutionalNetwork(1, 4, (1, 2, 2), 10).state_dict(), convolutional)
+    torch.save({"hidden.weight": Code()}, code)
+    torch.save(RecurrentNetwork(9, 50).state_dict(), wide)
+    assert "No such file" in refused(first, last, tmp_path / "absent.pt")
+    assert "weights_only=True" in refused(first, code, last)
+    assert "holds no state_dict" in refused(folder.checkpoint_path, last, last)
+    assert "holds no network of the paper's" in refused(convolutional, last, last)
+    assert "is expected there" in refused(first, wide, last)
+    assert "is expected there" in refused(first, last, convolutional)

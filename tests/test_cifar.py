@@ -4,10 +4,10 @@ import csv
 
 import numpy as np
 import pytest
+from golden_runs import BATCH, EPOCHS, RULES, load
+from golden_runs import made_up as golden_images
 from running import script
 from small_data import made_up, write_cifar
-from test_golden import BATCH, EPOCHS, RULES, load
-from test_golden import made_up as golden_images
 
 from train_cifar import EXPERIMENTS
 from wide.runs import Run, RunFolder

@@ -3,17 +3,20 @@
 import dataclasses
 
 import pytest
+import torch
 
 from train_cifar import EXPERIMENTS, SUBJECT
-from wide.command_line import beside, build_parser, chosen, parse
-from wide.experiments import Pace, duration, plan
+from wide.command_line import as_options, build_parser, parse
+from wide.experiments import beside
+from wide.pace import Pace, duration
 from wide.runs import Run
+from wide.study import Machine, Study
 
 
 def planned(*words):
     arguments = parse(build_parser("", SUBJECT, EXPERIMENTS), EXPERIMENTS, words)
-    experiment = chosen(EXPERIMENTS[arguments.experiment], arguments)
-    return plan(SUBJECT, experiment, arguments, "fp32", "cpu")
+    machine = Machine(torch.device("cpu"), "fp32")
+    return Study.of(SUBJECT, EXPERIMENTS, as_options(arguments, SUBJECT), machine).runs
 
 
 def test_all_rules_at_a_small_width_come_first():
@@ -57,7 +60,8 @@ def test_batch_sizes():
     assert beside(EXPERIMENTS, dataclasses.replace(EXPERIMENTS[5], batch_size=20)).batch_size == 20
 
 
-def test_timed_runs_belong_to_a_device():
+def test_timed_runs_belong_to_a_device(monkeypatch):
+    monkeypatch.setattr("wide.study.device_name", str)
     timed, plain = planned("7", "--seeds", "100")[0], planned("6")[0]
     assert timed.timed_on == "cpu"
     assert timed.name.endswith("timed-on-cpu")
@@ -77,7 +81,7 @@ def test_the_estimate_follows_width_and_what_is_left(monkeypatch):
         return Run("cifar", "cnn", "fa", width, 5.0, 99, 100, data_limit=limit)
 
     now = [0.0]
-    monkeypatch.setattr("wide.experiments.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("wide.pace.time.monotonic", lambda: now[0])
     pace = Pace(examples=1000, epochs=10)
     pace.start()
     for width, seconds in ((8, 50.0), (8, 1.0), (16, 4.0)):  # the very first epoch does not count

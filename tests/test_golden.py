@@ -1,63 +1,19 @@
 """The published code's own trajectories, run for run (tests/golden)."""
 
-import json
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
+from golden_runs import BATCH, EPOCHS, RULES, SEEDS, image_task, load
 
-from train_cifar import STRIDES as CIFAR_STRIDES
-from train_kmnist import STRIDES as KMNIST_STRIDES
-from wide.datasets import Split
 from wide.runs import Run, effective_batch
-from wide.tasks import AddTask, ImageTask
+from wide.tasks import AddTask
 from wide.training import Training
-
-GOLDEN = Path(__file__).parent / "golden"
-RULES = {
-    "normal": "backprop",
-    "lastlayer": "last_layer",
-    "readout": "last_layer",
-    "alignada": "align_ada",
-    "alignzero": "align_zero",
-    "alignprop": "align_prop",
-    "fa": "fa",
-    "dfa": "dfa",
-}
-SEEDS = {"cifar": 0, "kmnist": 1}  # of the made-up data
-BATCH, EPOCHS = 50, 4
 
 # With Adam, entries of the gradient near zero become full steps, so rounding grows into the loss: starting from weights
 # that differ by 6e-8 of themselves, the float64 trajectory moves by up to 2e-2 (backprop), 1e-3 (fa) and 6e-4 (dfa)
 # within these 16 steps, and the published one was rounded to float32 at every step. The first epoch agrees to 1e-3 all
 # the same, and the align rules do throughout.
 SENSITIVE = {"normal_adam": 2e-2, "fa_adam": 1e-2, "dfa_adam": 4e-3}
-
-
-def load(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def made_up(seed, count, size, channels):
-    stream = np.random.RandomState(seed)
-    templates = stream.rand(10, size, size, channels)
-    labels = stream.randint(0, 10, count)
-    images = (0.6 * templates[labels] + 0.4 * stream.rand(count, size, size, channels)).astype(np.float32)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-
-
-def image_task(dataset, dtype, seed):
-    size, channels, strides = {"cifar": (32, 3, CIFAR_STRIDES), "kmnist": (28, 1, KMNIST_STRIDES)}[dataset]
-    images, labels = made_up(seed, 300, size, channels)
-    images = images.to(dtype)
-    train, held_out = Split(images[:200], labels[:200]), Split(images[200:], labels[200:])
-    shape = (channels, size, size)
-    data = SimpleNamespace(
-        train=train, validation=held_out, test=held_out, classes=10, image_shape=shape, fingerprint=""
-    )
-    return ImageTask(data, strides, torch.device("cpu"))
 
 
 class Recorded(Training):

@@ -4,13 +4,13 @@ import csv
 import io
 import statistics
 
-import matplotlib.pyplot as plt
 import pytest
 
 from wide.figures import KINDS, draw_figure
 from wide.report import as_csv, markdown
+from wide.rules import RULES
 from wide.runs import Run, RunFolder
-from wide.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, RULE_NAMES, Layout, Summary, make_table
+from wide.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, Summary, View, make_table
 
 
 def summary(
@@ -27,8 +27,8 @@ def rows_of(text):
     return {cells[0]: cells[1:] for line in text.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])}
 
 
-def text_of(summaries, layout=None, measured=ACCURACY, references=None):
-    return markdown("title", make_table(layout or Layout(), summaries, measured), summaries, references or {})
+def text_of(summaries, view=None, metrics=ACCURACY, references=None):
+    return markdown("title", make_table(view or View(), summaries, metrics), summaries, references or {})
 
 
 def test_the_learning_rate_is_chosen_on_validation_not_on_test():
@@ -67,7 +67,7 @@ def test_cells_without_a_finished_run_say_why():
 
 def test_other_axes_become_sections():
     summaries = [summary(width=w, rate=r) for w in (8, 256) for r in (0.5, 5)]
-    text = text_of(summaries, Layout(against="learning_rate", best_over=()))
+    text = text_of(summaries, View(against="learning_rate", best_over=()))
     assert "## width 8" in text
     assert "## width 256" in text
     assert "| rule | lr 0.5 | lr 5 |" in text
@@ -80,20 +80,20 @@ def test_losses_choose_the_lowest_and_show_references():
         return Summary(run, "done", 3, {}, values, {}, 1.0, "add", "cpu")
 
     references = {"guessing 0.5": {"train_loss": 9.36, "test_loss": 9.31}}
-    cells = rows_of(text_of([lost(8, 2.5, 2.6), lost(16, 1.5, 1.6)], measured=BEST_LOSS, references=references))
+    cells = rows_of(text_of([lost(8, 2.5, 2.6), lost(16, 1.5, 1.6)], metrics=BEST_LOSS, references=references))
     assert cells["Backprop"] == ["2.5 / 2.6", "1.5 / 1.6"]
     assert cells["guessing 0.5"] == ["9.36 / 9.31"] * 2
 
 
-@pytest.mark.parametrize(("measured", "best"), [(ACCURACY, (0.7, 0.2)), (BEST_LOSS, (0.4, 0.1))])
-def test_best_values(tmp_path, measured, best):
+@pytest.mark.parametrize(("metrics", "best"), [(ACCURACY, (0.7, 0.2)), (BEST_LOSS, (0.4, 0.1))])
+def test_best_values(tmp_path, metrics, best):
     """Accuracies at the epoch of the best validation accuracy; losses each at its own lowest. The 4th is not asked."""
     folder = RunFolder(tmp_path, Run("kmnist", "cnn", "backprop", 8, 1.0, 99, 100))
     folder.path.mkdir(parents=True)
-    names = measured.shown
+    names = metrics.shown
     for epoch, values in enumerate([(0.5, 0.3), (0.7, 0.2), (0.4, 0.1), (0.9, 0.05)], start=1):
         folder.append({"epoch": epoch, "train_loss": 1.0, **dict(zip(names, values, strict=True)), "seconds": 2.0})
-    read = Summary.read(folder, 3, measured)
+    read = Summary.read(folder, 3, metrics)
     assert tuple(read.best[name] for name in names) == best
     assert tuple(read.final[name] for name in names) == (0.4, 0.1)
     assert (read.epochs, read.seconds, read.status) == (3, 6.0, "done")
@@ -106,27 +106,23 @@ def test_csv_has_every_setting_and_metric():
     assert {"rule", "seed", "precision", "seconds", "status", "device"} <= row.keys()
 
 
-LAYOUTS = {
-    "lines": (Layout(), ACCURACY),
-    "gap": (Layout("data_limit", ("learning_rate", "width"), figure="gap"), ACCURACY),
-    "seeds": (Layout(figure="seeds"), ACCURACY),
-    "timing": (Layout(best_over=(), averaged=("seed", "learning_rate"), figure="timing"), EPOCH_TIME),
-    "curves": (Layout(figure="curves"), ACCURACY),
+VIEWS = {
+    "lines": (View(), ACCURACY),
+    "gap": (View("data_limit", ("learning_rate", "width"), figure="gap"), ACCURACY),
+    "seeds": (View(figure="seeds"), ACCURACY),
+    "timing": (View(best_over=(), averaged=("seed", "learning_rate"), figure="timing"), EPOCH_TIME),
+    "curves": (View(figure="curves"), ACCURACY),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_drawn(kind):
-    layout, measured = LAYOUTS[kind]
+    view, metrics = VIEWS.get(kind, (View(figure=kind), ACCURACY))
     grid = [
-        summary(rule, width, seed=s, limit=n)
-        for rule in RULE_NAMES
-        for width in (8, 16)
-        for s in (1, 2)
-        for n in (45, None)
+        summary(rule, width, seed=s, limit=n) for rule in RULES for width in (8, 16) for s in (1, 2) for n in (45, None)
     ]
     grid += [summary("fa", 32, status="diverged")]
-    table = make_table(layout, grid, measured)
+    table = make_table(view, grid, metrics)
     file = io.BytesIO()
     draw_figure(file, "title", table, {}, 45000)
     assert file.getvalue().startswith(b"\x89PNG")
@@ -134,14 +130,13 @@ def test_figures_are_drawn(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_diverged_runs_are_marked(kind):
-    layout, measured = LAYOUTS[kind]
+    view, metrics = VIEWS.get(kind, (View(figure=kind), ACCURACY))
     grid = [summary(rule, limit=n) for rule in ("backprop", "fa") for n in (45, None)]
 
     def marked(summaries):
-        figure = KINDS[kind](make_table(layout, summaries, measured), {}, 45000)
+        figure = KINDS[kind](make_table(view, summaries, metrics), {}, 45000)
         lines = [line for panel in figure.axes for line in panel.lines if line.get_markerfacecolor() == "white"]
         labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        plt.close(figure)
         return [line.get_marker() for line in lines if len(line.get_xdata())], labels.count("hollow: diverged")
 
     assert marked(grid) == ([], 0)
@@ -152,32 +147,31 @@ def test_diverged_runs_are_marked(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("error")
 def test_figures_of_diverged_runs_alone(kind):
-    layout, measured = LAYOUTS[kind]
+    view, metrics = VIEWS.get(kind, (View(figure=kind), ACCURACY))
     grid = [summary(rule, limit=n, status="diverged") for rule in ("backprop", "fa") for n in (45, None)]
     file = io.BytesIO()
-    draw_figure(file, "title", make_table(layout, grid, measured), {}, 45000)
+    draw_figure(file, "title", make_table(view, grid, metrics), {}, 45000)
     assert file.getvalue().startswith(b"\x89PNG")
 
 
 def test_curves_show_every_metric_at_every_epoch_averaged_over_seeds():
     grid = [summary(seed=1, validation=0.4), summary(seed=2, validation=0.8)]
-    figure = KINDS["curves"](make_table(Layout(), grid, ACCURACY), {}, 45000)
+    figure = KINDS["curves"](make_table(View(), grid, ACCURACY), {}, 45000)
     (validation,), (test,) = (panel.lines for panel in figure.axes)
     assert list(validation.get_xdata()) == [1, 2]
     assert list(validation.get_ydata()) == pytest.approx([30, 60])
     assert list(test.get_ydata()) == pytest.approx([20, 40])
-    plt.close(figure)
 
 
 def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():
-    layout, measured = LAYOUTS["timing"]
+    view, metrics = VIEWS["timing"]
     grid = [summary(rule, rate=r, seconds=s) for rule, s in (("backprop", 2.0), ("fa", 3.0)) for r in (1, 5)]
-    cells = rows_of(text_of(grid, layout, measured))
+    cells = rows_of(text_of(grid, view, metrics))
     assert cells["Backprop"] == ["2 ± 0 (1.00x, n=2)"]
     assert cells["FA"] == ["3 ± 0 (1.50x, n=2)"]
 
 
 def test_the_best_width_is_chosen_where_the_layout_says_so():
-    layout = Layout("data_limit", ("learning_rate", "width"), figure="gap")
+    view = View("data_limit", ("learning_rate", "width"), figure="gap")
     grid = [summary(width=8, limit=45, validation=0.3), summary(width=64, limit=45, validation=0.4)]
-    assert rows_of(text_of(grid, layout))["Backprop"] == ["40.0 / 40.0 (width 64)"]
+    assert rows_of(text_of(grid, view))["Backprop"] == ["40.0 / 40.0 (width 64)"]

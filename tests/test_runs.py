@@ -2,14 +2,19 @@
 
 import csv
 import math
+import re
+import time
 
 import numpy as np
 import pytest
 import torch
+from comparing import assert_same
+from running import ROOT
 
 from align_rules import gradient_angles
 from wide import UserError
-from wide.runs import Busy, Run, RunFolder, Thrift, effective_batch, pack_stream, unpack_stream
+from wide.recorders import Angles, Recorder
+from wide.runs import Busy, Run, RunFolder, Thrift, append_rows, effective_batch, pack_stream, unpack_stream
 from wide.tasks import AddTask
 from wide.training import Training, train
 
@@ -19,21 +24,6 @@ RUN = Run("add", "rnn", "align_ada", width=8, learning_rate=0.001, seed=99, batc
 @pytest.fixture
 def task():
     return AddTask("published", torch.device("cpu"))
-
-
-def without_seconds(folder):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in folder.rows()]
-
-
-def parameters(folder):
-    return folder.load(torch.device("cpu"))["rule"]
-
-
-def assert_same(first, second):
-    assert without_seconds(first) == without_seconds(second)
-    mine, theirs = parameters(first), parameters(second)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_a_run_leaves_its_files(task, tmp_path):
@@ -72,15 +62,15 @@ def test_rows_without_a_checkpoint_are_trained_again(task, tmp_path):
 
 
 def angles(folder):
-    return list(csv.DictReader(folder.angles_path.read_text().splitlines()))
+    return list(csv.DictReader((folder.path / Angles.file).read_text().splitlines()))
 
 
 def test_angles_are_logged_and_change_nothing(task, tmp_path):
     plain, logged, cut = (RunFolder(tmp_path / name, RUN) for name in ("plain", "logged", "cut"))
     train(task, plain, 4)
-    train(task, logged, 4, log_alignment=True)
+    train(task, logged, 4, [Angles()])
     assert_same(plain, logged)
-    assert not plain.angles_path.exists()
+    assert not (plain.path / Angles.file).exists()
     assert plain.config()["run"] == logged.config()["run"]
     rows = angles(logged)
     assert [(row["epoch"], row["layer"]) for row in rows] == [
@@ -92,26 +82,26 @@ def test_angles_are_logged_and_change_nothing(task, tmp_path):
     assert 0 < feedback[0] < feedback[1] < feedback[2] < feedback[3] < 10  # away from the start
 
     # As after a kill: rows of an epoch that no checkpoint covers, the last of them cut off.
-    train(task, cut, 2, log_alignment=True)
-    with open(cut.angles_path, "a") as file:
+    train(task, cut, 2, [Angles()])
+    with open((cut.path / Angles.file), "a") as file:
         file.write("3,input,1.0,\n3,hid")
-    train(task, cut, 4, log_alignment=True)
-    assert cut.angles_path.read_text() == logged.angles_path.read_text()
+    train(task, cut, 4, [Angles()])
+    assert (cut.path / Angles.file).read_text() == (logged.path / Angles.file).read_text()
 
 
 def test_angles_from_the_middle_of_a_run(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 1)
-    train(task, folder, 2, log_alignment=True)
+    train(task, folder, 2, [Angles()])
     assert {row["epoch"] for row in angles(folder)} == {"2"}
-    folder.angles_path.write_text("epoch,layer\nx,hidden\n")
+    (folder.path / Angles.file).write_text("epoch,layer\nx,hidden\n")
     with pytest.raises(UserError, match=r"angles.csv is damaged"):
         train(task, folder, 3)
 
 
 def test_angles_are_those_of_the_last_batch_before_its_update(task):
-    training = Training(task, RUN)
-    training.log_alignment = True
+    recorder = Angles()
+    training = Training(task, RUN, recorders=[recorder])
     training.train_epoch()
     again = Training(task, RUN)
     (order,) = again.shares(again.stream.permutation(len(task.splits["train"])))[-1]
@@ -123,7 +113,45 @@ def test_angles_are_those_of_the_last_batch_before_its_update(task):
     again.rule.zero_grad()
     task.loss(again.rule(inputs), targets).backward()
     expected = gradient_angles(again.rule, lambda outputs: task.loss(outputs, targets), inputs)
-    assert [row["degrees_to_backprop"] for row in training.angles] == list(expected.values())
+    assert [row["degrees_to_backprop"] for row in recorder.rows] == list(expected.values())
+
+
+class Slow(Recorder):
+    """Takes its time, and columns and a file of its own."""
+
+    told = ()  # in order
+
+    def start(self, training, folder):
+        self.told += ("start",)
+
+    def gradients(self, training, inputs, targets):
+        assert any(parameter.grad is not None for parameter in training.rule.parameters())
+        self.told += ("gradients",)
+        time.sleep(1)
+
+    def columns(self, training):
+        self.told += ("columns",)
+        time.sleep(1)
+        return {"double": 2 * training.epoch}
+
+    def epoch(self, training, folder):
+        self.told += (f"epoch {training.epoch}",)
+        append_rows(folder.path / "slow.csv", [{"epoch": training.epoch, "what": "ever"}])
+
+
+def test_recorders_are_told_in_order_and_cost_no_seconds(task, tmp_path):
+    folder, slow = RunFolder(tmp_path, RUN), Slow()
+    train(task, folder, 2, [slow])
+    assert slow.told == ("start", *("gradients", "columns", "epoch 1"), *("gradients", "columns", "epoch 2"))
+    assert [row["double"] for row in folder.rows()] == [2, 4]
+    assert all(row["seconds"] < 1 for row in folder.rows())
+    folder.keep(1)  # rows of a recorder go with those of the metrics
+    assert (folder.path / "slow.csv").read_text() == "epoch,what\n1,ever\n"
+
+
+def test_the_loop_knows_no_recorder_by_name():
+    source = (ROOT / "wide" / "training.py").read_text()
+    assert not re.search("Angles|KeptParameters|AlignmentScores|angles|score", source)
 
 
 def test_diverged_runs_stop_and_stay(task, tmp_path):

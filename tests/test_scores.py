@@ -115,7 +115,7 @@ def test_the_score_ignores_factors_and_is_one_for_equal_changes(layer, size):
     assert scores.exact_score(layer, -1e-200 * normal, 1e200 * align, size).value == pytest.approx(score, abs=1e-12)
     assert scores.exact_score(layer, normal, -3 * normal, size).value == pytest.approx(1, abs=1e-12)
     tiny, huge = (1e-30 * normal).float(), (-1e30 * normal).float()
-    assert scores.sampled_score(layer, tiny, huge, size, draws=2).value == pytest.approx(1, abs=1e-6)
+    assert scores.sampled_score(layer, tiny, huge, size, scores.Draws(2)).value == pytest.approx(1, abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- by sampling
@@ -126,7 +126,7 @@ def deviations(layer: torch.nn.Module, size: tuple[int, ...], seeds: int, draws:
     found = []
     for seed in range(seeds):
         deltas, generator = changes(layer, seed), torch.Generator().manual_seed(1000 + seed)
-        sampled = scores.sampled_score(layer, *deltas, size, draws, batch, generator)
+        sampled = scores.sampled_score(layer, *deltas, size, scores.Draws(draws, batch, generator))
         exact = scores.exact_score(layer, *deltas, size).value
         found.append((sampled.value - exact) / sampled.standard_error)
     return torch.tensor(found)
@@ -151,7 +151,8 @@ def test_sampling_follows_its_generator():
     layer = convolution(3, 1, 2, 1)
     deltas = changes(layer, 0)
     found = [
-        scores.sampled_score(layer, *deltas, (4, 4), 2, 5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        scores.sampled_score(layer, *deltas, (4, 4), scores.Draws(2, 5, torch.Generator().manual_seed(seed)))
+        for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
 
@@ -189,7 +190,7 @@ def test_what_does_not_fit_is_refused(score):
 def test_one_input_has_no_standard_error():
     layer = networks.Dense(2, 2)
     with pytest.raises(ValueError, match="two inputs"):
-        scores.sampled_score(layer, torch.ones(2, 2), torch.ones(2, 2), draws=1, batch=1)
+        scores.sampled_score(layer, torch.ones(2, 2), torch.ones(2, 2), draws=scores.Draws(1, 1))
 
 
 # -------------------------------------------------------------------------------------- networks, and published figures

@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from comparing import assert_same
 from running import ROOT, script
 from small_data import made_up, write_kmnist
-from test_runs import assert_same
 
+from wide.recorders import Angles
 from wide.runs import Run, RunFolder
 
 RULES = ["backprop", "last_layer", "fa", "dfa", "align_prop", "align_ada", "align_zero"]
@@ -56,7 +57,7 @@ def test_log_alignment(kmnist, tmp_path):
     assert done.returncode == 0, done.stderr
     for rule in rules:
         folder = RunFolder(tmp_path, Run("kmnist", "cnn", rule, 4, 1.0, 99, 50))
-        rows = list(csv.DictReader(folder.angles_path.read_text().splitlines()))
+        rows = list(csv.DictReader((folder.path / Angles.file).read_text().splitlines()))
         layers = ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "readout"]
         assert [(row["epoch"], row["layer"]) for row in rows] == [(str(k), layer) for k in (1, 2) for layer in layers]
         for row in rows:

@@ -20,6 +20,7 @@ import torch
 from setup_cifar import CIFAR
 from setup_kmnist import KMNIST
 from wide import UserError, datasets
+from wide.command_line import setup
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data"
@@ -409,7 +410,7 @@ def test_six_training_images_are_enough(dataset, tmp_path):
 def test_script_sums_up_what_is_there(dataset, tmp_path, monkeypatch, capsys):
     written(dataset, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    assert datasets.setup(dataset, []) == 0
+    assert setup(dataset, []) == 0
     shape = "x".join(map(str, dataset.image_shape))
     sizes = "20 training, 10 validation and 7 test images"
     captured = capsys.readouterr()
@@ -447,10 +448,10 @@ def test_script_fails_in_one_line(dataset, tmp_path):
 def test_command_line_options(dataset, tmp_path, mirror, monkeypatch, capsys):
     mirror.serve(dataset, monkeypatch, tmp_path / "source")
     options = ["--data-dir", str(tmp_path / "elsewhere"), "--url", mirror.url]
-    assert datasets.setup(dataset, options) == 0
+    assert setup(dataset, options) == 0
     assert str(tmp_path / "elsewhere" / dataset.directory) in capsys.readouterr().out
     (tmp_path / "elsewhere" / dataset.directory / dataset.test_files[0]).write_bytes(b"x")
-    assert datasets.setup(dataset, options) == 2
+    assert setup(dataset, options) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert dataset.test_files[0] in one_line(captured.err)

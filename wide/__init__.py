@@ -15,4 +15,6 @@ def show_uncaught(kind, error, traceback) -> None:
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = show_uncaught
+def install_excepthook() -> None:
+    """Show uncaught errors so in this process; for scripts to call when they are run, before they import torch."""
+    sys.excepthook = show_uncaught

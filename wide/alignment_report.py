@@ -1,84 +1,28 @@
-"""The alignment experiments, the same for every dataset: pairs of networks, scores against width and against time."""
+"""Reports of alignment scores: layer by layer, against width or against training time."""
 
-import argparse
 import csv
 import dataclasses
 import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from wide import UserError
-from wide.alignment import AlignmentScores
-from wide.experiments import Experiment, Subject
-from wide.report import write_report
-from wide.runs import RunFolder
+from wide.alignment import layer_scores
+from wide.options import PAPER_SEED
+from wide.parameters import KINDS, kept_pair, load_pair
+from wide.report import figures, write_report
+from wide.runs import FINISHED, RunFolder
 from wide.tables import settings_text, unusual_text
 
-KINDS = ("score", "control")
+if TYPE_CHECKING:
+    from wide.experiments import Subject
+    from wide.study import Study
+
+COLUMNS = ("score", "control")
 TABLE_EPOCHS = 10  # columns of the table of scores against time; the .csv has every epoch
-
-
-def scored(subject: Subject) -> Subject:
-    """A training script's subject, for pairs of networks whose scores are measured."""
-
-    def task(arguments, device):
-        task = subject.task(arguments, device)
-        image_size = getattr(task, "image_shape", ())[1:]
-        task.observe = AlignmentScores(image_size, arguments.score_epochs)
-        return task
-
-    axes = tuple(axis for axis in subject.axes if axis not in ("rules", "learning_rates"))
-    return dataclasses.replace(subject, task=task, axes=axes, stem="alignment", scores=True)
-
-
-def alignment_experiments(
-    widths: tuple[int, ...],
-    learning_rate: float,
-    epochs: int,
-    scored_after: int,
-    timed_width: int,
-    quick: Mapping[str, object],
-) -> dict[int, Experiment]:
-    """Parts 1, 2 and 3.
-
-    Args:
-        epochs: of training.
-        scored_after: the epoch of the scores against width.
-        timed_width: the width of the scores against training time.
-        quick: what --quick replaces; part 2 then scores after the last epoch.
-    """
-    grid = Experiment(
-        title="train the pairs of networks",
-        rules=("pair",),
-        widths=widths,
-        learning_rates=(learning_rate,),
-        epochs=epochs,
-        keep=(0, scored_after),
-        quick=quick,
-    )
-    return {
-        1: grid,
-        2: dataclasses.replace(
-            grid,
-            title="alignment score against width",
-            epochs=scored_after,
-            scored_last=True,
-            reporter=against_width,
-        ),
-        3: dataclasses.replace(
-            grid,
-            title="alignment score against training time",
-            widths=(timed_width,),
-            reporter=against_epoch,
-            quick={**quick, "widths": quick["widths"][-1:]},
-        ),
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +39,37 @@ class LayerScore:
 
 
 def read_scores(folder: RunFolder, epochs: int) -> list[LayerScore]:
-    """The defined scores of a run, up to an epoch."""
-    scores = []
-    for row in folder.rows()[:epochs]:
-        layers = [int(name.removeprefix("score_")) for name in row if name.startswith("score_")]
-        for layer in layers:
-            if (score := row[f"score_{layer}"]) is not None:
-                name = "W_hh" if folder.run.network == "rnn" else f"layer {layer}"
-                place = (folder.run.width, folder.run.seed, int(row["epoch"]), name)
-                scores.append(LayerScore(*place, score, row[f"control_{layer}"]))
+    """The defined scores of a run that were taken while it trained, up to an epoch."""
+    return [score for row in folder.rows()[:epochs] for score in _of_layers(folder, int(row["epoch"]), row)]
+
+
+def kept_scores(study: "Study", folder: RunFolder, epochs: set[int]) -> list[LayerScore]:
+    """The scores of a run from the parameters that it kept, after those of these epochs whose parameters are there.
+
+    Raises:
+        UserError: a file is damaged, or of another network.
+    """
+    subject, scores = study.subject, []
+    for epoch in sorted(epochs & folder.kept_epochs()):
+        network, parameters = kept_pair(folder, epoch, subject.strides)
+        found = layer_scores(network, parameters, subject.image_size, study.options.record.shuffle_seed)
+        scores += _of_layers(folder, epoch, found)
     return scores
+
+
+def _of_layers(folder: RunFolder, epoch: int, row: Mapping[str, float | None]) -> list[LayerScore]:
+    """The scores that are defined, from columns score_1, control_1, score_2 and so on."""
+    place = (folder.run.width, folder.run.seed, epoch)
+    numbers = [int(name.removeprefix("score_")) for name in row if name.startswith("score_")]
+    return [
+        LayerScore(*place, _layer_name(folder.run.network, number), score, row[f"control_{number}"])
+        for number in numbers
+        if (score := row[f"score_{number}"]) is not None
+    ]
+
+
+def _layer_name(network: str, number: int) -> str:
+    return "W_hh" if network == "rnn" else f"layer {number}"
 
 
 def mean_text(scores: list[LayerScore], kind: str) -> str:
@@ -115,37 +80,94 @@ def mean_text(scores: list[LayerScore], kind: str) -> str:
     return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def against_width(path: Path, experiment: Experiment, folders: list[RunFolder], arguments: argparse.Namespace) -> str:
-    """Part 2: scores per layer against width, after the experiment's last epoch."""
-    after = f"after epoch {experiment.epochs}"
-    scores = [s for folder in folders for s in read_scores(folder, experiment.epochs) if s.epoch == experiment.epochs]
-    if not scores:
-        raise UserError(f"no scores {after}: no pair of networks was trained that far and scored (--score-epochs)")
-    return _write(path, f"{experiment.title}, {after}", {"": scores}, "width", folders)
+@dataclasses.dataclass(frozen=True)
+class ScoreReport:
+    """Scores per layer (see experiments.Report).
+
+    Those taken while the pairs trained are read from metrics.csv; where there are none, or the control is asked for
+    with another seed of the shuffle, they are computed from the parameters that the runs kept.
+
+    Args:
+        against: "width", after the experiment's last epoch (part 2); or "epoch", a section per width (part 3).
+    """
+
+    against: str
+
+    def check(self, study: "Study") -> None:
+        if len(study.experiment.data_limits) > 1:
+            raise UserError("--data-limits takes one value here; for others run the command again")
+        scored, last = study.options.record.score_epochs, study.epochs
+        missing = any(not self.has(study, folder) for folder in study.folders)
+        if self.against == "width" and missing and scored and last not in scored:
+            raise UserError(f"scores after epoch {last} are shown; add {last} to --score-epochs")
+
+    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+        return (study.epochs,) if self.against == "width" else study.options.record.score_epochs or ()
+
+    def asked(self, study: "Study") -> set[int]:
+        """The epochs whose scores are shown, where they are there."""
+        return set(self.scored_epochs(study) or range(1, study.epochs + 1))
+
+    def has(self, study: "Study", folder: RunFolder) -> bool:
+        if folder.status(study.epochs) in FINISHED:
+            return True
+        taken = {score.epoch for score in self.taken(study, folder)}
+        return self.asked(study) <= taken | folder.kept_epochs()
+
+    def taken(self, study: "Study", folder: RunFolder) -> list[LayerScore]:
+        """What was asked for and scored while the run trained, with the published seed of the shuffle."""
+        if study.options.record.shuffle_seed != PAPER_SEED:
+            return []
+        asked = self.asked(study)
+        return [score for score in read_scores(folder, study.epochs) if score.epoch in asked]
+
+    def scores(self, study: "Study", folder: RunFolder) -> list[LayerScore]:
+        taken = self.taken(study, folder)
+        lacking = self.asked(study) - {score.epoch for score in taken}
+        return sorted([*taken, *kept_scores(study, folder, lacking)], key=lambda score: score.epoch)
+
+    def write(self, study: "Study") -> str:
+        sections = defaultdict(list)
+        for folder in study.folders:
+            for score in self.scores(study, folder):
+                sections["" if self.against == "width" else f"width {score.width}"].append(score)
+        if not sections:
+            raise UserError(self.nothing(study))
+        after = f", after epoch {study.epochs}" if self.against == "width" else ""
+        title = study.title + after + unusual_text(study.runs)
+
+        def draw(file: BinaryIO) -> None:
+            figures().draw_scores(file, title, sections, self.against)
+
+        text = _markdown(title, sections, self.against, study)
+        return write_report(study.report_path, _as_csv(sections), text, draw)
+
+    def nothing(self, study: "Study") -> str:
+        """Why there is nothing to show, in a line."""
+        if study.options.record.shuffle_seed != PAPER_SEED:
+            return "--shuffle-seed: no parameters are kept after these epochs; see --score-epochs, --keep-parameters"
+        if self.against == "width":
+            trained = "no pair of networks was trained that far and scored (--score-epochs)"
+            return f"no scores after epoch {study.epochs}: {trained}"
+        return "no scores at these epochs; choose others with --score-epochs, or delete the run to score them"
 
 
-def against_epoch(path: Path, experiment: Experiment, folders: list[RunFolder], arguments: argparse.Namespace) -> str:
-    """Part 3: scores per layer against training time, a section per width."""
-    asked = set(arguments.score_epochs or range(1, experiment.epochs + 1))
-    sections = defaultdict(list)
-    for folder in folders:
-        for score in read_scores(folder, experiment.epochs):
-            if score.epoch in asked:
-                sections[f"width {score.width}"].append(score)
-    if not sections:
-        raise UserError("no scores at these epochs; choose others with --score-epochs, or delete the run to score them")
-    return _write(path, experiment.title, sections, "epoch", folders)
+def score_files(subject: "Subject", files: tuple[Path, Path, Path], shuffle_seed: int) -> str:
+    """A table of the scores of a pair of networks from three state_dicts: initial, trained and align.
 
-
-def _write(
-    path: Path, title: str, sections: Mapping[str, list[LayerScore]], against: str, folders: list[RunFolder]
-) -> str:
-    from wide.figures import draw_scores  # matplotlib takes a second to import
-
-    title += unusual_text([folder.run for folder in folders])
-    text = _markdown(title, sections, against, folders)
-    draw = partial(draw_scores, title=title, sections=sections, against=against)
-    return write_report(path, _as_csv(sections), text, draw)
+    Raises:
+        UserError: as for `load_pair`, or a kind of network that the subject does not have.
+    """
+    network, parameters = load_pair(*files, subject.strides)
+    if (kind := KINDS[type(network)]) not in subject.networks:
+        raise UserError(f"{files[0]} holds a network of the kind {kind}, which {subject.title} has not")
+    scores = layer_scores(network, parameters, subject.image_size, shuffle_seed)
+    lines = ["| layer | score | weights shuffled |", "|---|---|---|"]
+    for number in range(1, len(scores) // 2 + 1):
+        cells = [scores[f"{kind}_{number}"] for kind in COLUMNS]
+        texts = ["undefined" if value is None else f"{value:.4f}" for value in cells]
+        lines.append(f"| {_layer_name(kind, number)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def _as_csv(sections: Mapping[str, list[LayerScore]]) -> str:
@@ -157,27 +179,34 @@ def _as_csv(sections: Mapping[str, list[LayerScore]]) -> str:
     return stream.getvalue()
 
 
-def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, folders: list[RunFolder]) -> str:
-    data = ", ".join(sorted({config["run"]["data"] for folder in folders if (config := folder.config())}))
-    seeds = len({folder.run.seed for folder in folders})
+def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, study: "Study") -> str:
+    data = ", ".join(sorted({config["run"]["data"] for folder in study.folders if (config := folder.config())}))
+    runs, seeds = study.runs, len({run.seed for run in study.runs})
     spread = "mean ± standard deviation over seeds; " if seeds > 1 else ""
-    runs = [folder.run for folder in folders]
-    lines = [f"# {title}", "", f"{spread}computed exactly (standard error 0); {settings_text(runs)}; data {data}.", ""]
+    seed = study.options.record.shuffle_seed
+    shuffle = f"; shuffled with seed {seed}" if seed != PAPER_SEED else ""
+    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; data {data or '-'}."
+    lines = [f"# {title}", "", legend, ""]
     shown = {(score.width, score.seed) for scores in sections.values() for score in scores}
     if absent := [run.name for run in runs if (run.width, run.seed) not in shown]:
         lines += [f"Without scores (diverged, not trained or not scored): {', '.join(absent)}.", ""]
     for section, scores in sections.items():
-        places = _thinned(sorted({getattr(score, against) for score in scores}))
         lines += [f"## {section}", ""] if section else []
-        lines.append("| layer | " + " | ".join(f"{against} {place}" for place in places) + " |")
-        lines.append("|---" * (1 + len(places)) + "|")
-        for kind in KINDS:
-            for layer in sorted({score.layer for score in scores}):
-                cells = [[s for s in scores if s.layer == layer and getattr(s, against) == place] for place in places]
-                label = layer if kind == "score" else f"{layer}, weights shuffled"
-                lines.append(f"| {label} | " + " | ".join(mean_text(cell, kind) for cell in cells) + " |")
-        lines.append("")
+        lines += [*_table(scores, against), ""]
     return "\n".join(lines)
+
+
+def _table(scores: list[LayerScore], against: str) -> list[str]:
+    """The lines of a table: a row per layer, and one per control."""
+    places = _thinned(sorted({getattr(score, against) for score in scores}))
+    lines = ["| layer | " + " | ".join(f"{against} {place}" for place in places) + " |"]
+    lines.append("|---" * (1 + len(places)) + "|")
+    for kind in COLUMNS:
+        for layer in sorted({score.layer for score in scores}):
+            cells = [[s for s in scores if s.layer == layer and getattr(s, against) == place] for place in places]
+            label = layer if kind == "score" else f"{layer}, weights shuffled"
+            lines.append(f"| {label} | " + " | ".join(mean_text(cell, kind) for cell in cells) + " |")
+    return lines
 
 
 def _thinned(places: list[int]) -> list[int]:

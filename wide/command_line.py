@@ -1,45 +1,62 @@
-"""The command line that all scripts share."""
+"""The command lines of all scripts. Only this file knows argparse; what is asked for leaves it as typed values."""
 
 import argparse
 import contextlib
-import dataclasses
+import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from align_rules import RULES
 from wide import UserError
-from wide.experiments import Experiment, Subject, check_batches, note_other_batches, plan, print_list, train_missing
-from wide.processes import Processes, join, leave
-from wide.report import report
-from wide.runs import RunFolder
-from wide.tables import Summary
-from wide.training import PRECISIONS, choose_device, choose_precision, device_name, follow
+from wide.alignment_report import score_files
+from wide.datasets import ImageDataset
+from wide.devices import PRECISIONS
+from wide.experiments import Experiment, Subject
+from wide.grid import Failures, run
+from wide.options import PAPER_SEED, DataOptions, Options, RecordOptions, StepOptions
+from wide.processes import leave
+from wide.study import Machine, Study
+
+GRID = ("rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "epochs")
+# Options that not every script has, where they are absent.
+ABSENT = {
+    **dict.fromkeys(GRID),
+    "variant": None, "workers": None, "profile": False, "batches_per_step": None, "sync_normalisation": False,
+    "log_alignment": False, "keep": None, "score_epochs": None, "shuffle_seed": PAPER_SEED, "files": None,
+}  # fmt: skip
 
 
 def main(
     description: str, subject: Subject, experiments: Mapping[int, Experiment], argv: Sequence[str] | None = None
 ) -> int:
-    """Run the command line of a training script.
+    """Run the command line of a training or alignment script.
 
     Returns:
         The exit status: 0 when every run is done, 1 when one failed, 2 for a wrong command line or missing data,
         130 when interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that takes ASCII only gets ? for what it lacks
     parser = build_parser(description, subject, experiments)
     arguments = parse(parser, experiments, argv)
-    return leave(exit_status(parser.prog, subject, experiments, arguments))
+
+    def command() -> Failures:
+        if arguments.files:
+            print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
+            return []
+        options = as_options(arguments, subject)
+        return run(Study.of(subject, experiments, options, Machine.chosen(options)))
+
+    return leave(exit_status(parser.prog, command))
 
 
-def exit_status(
-    program: str, subject: Subject, experiments: Mapping[int, Experiment], arguments: argparse.Namespace
-) -> int:
-    """Carry out a command, and say in a line what went wrong."""
+def exit_status(program: str, command: Callable[[], Failures]) -> int:
+    """Run a command that returns what failed, and say in a line what went wrong."""
     try:
-        failures = carry_out(subject, experiments, arguments)
+        failures = command()
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -51,129 +68,35 @@ def exit_status(
     return 1 if failures else 0
 
 
-def carry_out(
-    subject: Subject, experiments: Mapping[int, Experiment], arguments: argparse.Namespace
-) -> list[tuple[RunFolder, str]]:
-    """List the experiment's runs, or train those that are missing and report.
-
-    Returns:
-        The runs that are not finished, with the reason.
-
-    Raises:
-        UserError: a wrong command line, missing data, or an outputs folder that cannot be used.
-    """
-    if arguments.quick:
-        subject = dataclasses.replace(subject, **subject.quick)
-    arguments.data_dir = arguments.data_dir or subject.data_dir
-    experiment = chosen(experiments[arguments.experiment], arguments)
-    experiment = dataclasses.replace(experiment, title=f"{subject.title}: {experiment.title}")
-    device = choose_device(arguments.device)
-    precision = choose_precision(arguments.precision, device)
-    processes = join(device)
-    if processes.count > 1 and not subject.from_disk:
-        raise UserError("a run is trained by one process here; started several times, the command shares out runs")
-    if experiment.log_alignment and (processes.count > 1 or (getattr(arguments, "batches_per_step", 0) or 1) > 1):
-        raise UserError("--log-alignment needs one process and one batch per step")
-
-    def folders(grid: Experiment) -> list[RunFolder]:
-        runs = plan(subject, grid, arguments, precision, device_name(device), processes.count)
-        return [RunFolder(arguments.outputs, run) for run in runs]
-
-    if getattr(arguments, "profile", False):
-        from wide.throughput import profile  # torchvision takes seconds to import
-
-        profile(subject.task(arguments, device), folders(experiment)[0].run, processes)
-        return []
-    if not processes.first:
-        follow(processes, lambda: subject.task(arguments, device))
-        return []
-    try:
-        mine = folders(experiment)
-        others = folders(beside(experiments, experiment)) if experiment.beside else []
-        return lead(subject, experiment, mine, others, arguments, device, processes)
-    finally:
-        processes.dismiss()
-
-
-def lead(
-    subject: Subject,
-    experiment: Experiment,
-    mine: list[RunFolder],
-    others: list[RunFolder],
-    arguments: argparse.Namespace,
-    device: torch.device,
-    processes: Processes,
-) -> list[tuple[RunFolder, str]]:
-    """What the first process, or the only one, does of `carry_out`."""
-    if subject.from_disk:
-        note_other_batches(mine)
-    if arguments.list:
-        print_list(mine, experiment.epochs)
-        return []
-    check_epochs(experiment, arguments)
-    check_batches(mine, arguments)
-    failures = train_missing(subject, experiment, mine, arguments, device, processes)
-    try:
-        print(reported(subject, experiment, mine, others, arguments))
-    except UserError:
-        if not failures:
-            raise
-    return failures
-
-
-def reported(
-    subject: Subject,
-    experiment: Experiment,
-    mine: list[RunFolder],
-    others: list[RunFolder],
-    arguments: argparse.Namespace,
-) -> str:
-    """Write the experiment's report; `others` are runs to show beside it where they are done on the same data."""
-    path = arguments.outputs / subject.dataset / f"{subject.stem}_{arguments.experiment}"
-    if experiment.reporter:
-        return experiment.reporter(path, experiment, mine, arguments)
-    measured, epochs = experiment.measured or subject.measured, experiment.epochs
-    summaries = [Summary.read(folder, epochs, measured) for folder in mine]
-    data, runs = {summary.data for summary in summaries}, {folder.run for folder in mine}
-    compared = [Summary.read(folder, epochs, measured) for folder in others if folder.run not in runs]
-    return report(
-        path,
-        experiment.title,
-        experiment.layout,
-        measured,
-        summaries,
-        [summary for summary in compared if summary.status == "done" and summary.data in data],
-        subject.references(arguments),
-        subject.examples,
+def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
+    """A parsed command line as typed values."""
+    given = {name: value for name in GRID if (value := vars(arguments)[name]) is not None}
+    return Options(
+        experiment=arguments.experiment,
+        network=arguments.network,
+        data=DataOptions(
+            folder=arguments.data_dir or subject.chosen(arguments.quick).data_dir,
+            variant=arguments.variant,
+            workers=arguments.workers,
+        ),
+        step=StepOptions(arguments.batches_per_step, arguments.sync_normalisation),
+        record=RecordOptions(
+            angles=arguments.log_alignment,
+            keep=_unrepeated(arguments.keep),
+            score_epochs=_unrepeated(arguments.score_epochs),
+            shuffle_seed=arguments.shuffle_seed,
+        ),
+        device=arguments.device,
+        precision=arguments.precision,
+        outputs=arguments.outputs,
+        grid={name: _unrepeated(value) for name, value in given.items()},
+        quick=arguments.quick,
+        action="profile" if arguments.profile else "list" if arguments.list else "train",
     )
 
 
-def check_epochs(experiment: Experiment, arguments: argparse.Namespace) -> None:
-    """Raise UserError for epochs that are asked to be scored or kept but will not be trained, before any training."""
-    if any(epoch > experiment.epochs for epoch in getattr(arguments, "keep", None) or ()):
-        raise UserError(f"--keep-parameters: training ends at epoch {experiment.epochs}")
-    asked = getattr(arguments, "score_epochs", None)
-    if experiment.scored_last and asked and experiment.epochs not in asked:
-        raise UserError(f"scores after epoch {experiment.epochs} are shown; add {experiment.epochs} to --score-epochs")
-
-
-def chosen(experiment: Experiment, arguments: argparse.Namespace) -> Experiment:
-    """The experiment with what the command line replaces in it: first --quick, then the single options."""
-    if arguments.quick:
-        experiment = dataclasses.replace(experiment, **experiment.quick)
-    names = (
-        "rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "keep", "epochs", "log_alignment",
-    )  # fmt: skip
-    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
-    unrepeated = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
-    return dataclasses.replace(experiment, **{**given, **unrepeated})
-
-
-def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Experiment:
-    """The part of another experiment that is comparable with this one."""
-    number, rules = experiment.beside
-    same = {axis: getattr(experiment, axis) for axis in ("widths", "seeds", "data_limits", "epochs", "batch_size")}
-    return dataclasses.replace(experiments[number], rules=rules, **same)
+def _unrepeated(value):
+    return tuple(dict.fromkeys(value)) if isinstance(value, list) else value
 
 
 def build_parser(description: str, subject: Subject, experiments: Mapping[int, Experiment]) -> argparse.ArgumentParser:
@@ -183,9 +106,24 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         description=f"{description.strip()}\n\nexperiments:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    parser.set_defaults(**ABSENT)
     first = "of the experiment; it comes before the options (default 1)"
-    add("experiment", type=int, nargs="?", choices=sorted(experiments), metavar="NUMBER", help=first)
+    parser.add_argument("experiment", type=int, nargs="?", choices=sorted(experiments), metavar="NUMBER", help=first)
+    _add_grid(parser, subject)
+    _add_records(parser, subject)
+    _add_settings(parser, subject)
+    if subject.distributed:
+        _add_steps(parser)
+    if subject.from_files:
+        _add_loading(parser)
+    add = parser.add_argument
+    add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
+    add("--list", action="store_true", help="print the runs and their state; train nothing")
+    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
+    return parser
+
+
+def _add_grid(parser: argparse.ArgumentParser, subject: Subject) -> None:
     grid = parser.add_argument_group("the grid: each takes one or more values, which replace the experiment's own")
     options = {
         "rules": {"choices": list(RULES), "metavar": "RULE", "help": ", ".join(RULES)},
@@ -196,32 +134,50 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     }
     for axis in subject.axes:
         grid.add_argument(f"--{axis.replace('_', '-')}", nargs="+", **options[axis])
-    if subject.scores:
-        kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
-        add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
-        add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
-    else:
+
+
+def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
+    add = parser.add_argument
+    if not subject.scored:
         logged = "in each run that is trained, keep angles between the rule's gradients and backprop's in angles.csv"
         add("--log-alignment", action="store_true", help=logged)
+        return
+    kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
+    shuffled = "of the control (default %(default)s); others need kept parameters, or keep them"
+    files = "print the scores of a pair of networks from the files of three state_dicts; train nothing"
+    add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
+    add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
+    add("--shuffle-seed", type=seed, default=PAPER_SEED, metavar="SEED", help=shuffled)
+    add("--files", nargs=3, type=Path, metavar=("INITIAL", "TRAINED", "ALIGN"), help=files)
+
+
+def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
+    add = parser.add_argument
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
     if subject.variants:
-        add("--variant", choices=subject.variants, default=subject.variants[0], help="default %(default)s (README)")
+        default = "default %(default)s (docs/differences.md)"
+        add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
     add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
-    if subject.from_disk:
-        share = "of 100 images each, normalised by itself, shared out among processes (default: one per process)"
-        whole = "normalise the batches of all processes as one; N processes equal one with N times --batch-size"
-        add("--batches-per-step", type=positive_int, metavar="N", help=share.replace("100", "--batch-size"))
-        add("--sync-normalisation", action="store_true", help=whole)
-        add("--workers", type=epoch_number, metavar="N", help="that load images, per process (default: one per core)")
-        add("--profile", action="store_true", help="train nothing; images per second of the grid's first run")
-    add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
-    add("--list", action="store_true", help="print the runs and their state; train nothing")
-    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
-    return parser
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    """How a step is made up, where several processes may train one run."""
+    share = "of --batch-size images each, normalised by itself, shared out among processes (default: one per process)"
+    whole = "normalise the batches of all processes as one; N processes equal one with N times --batch-size"
+    parser.add_argument("--batches-per-step", type=positive_int, metavar="N", help=share)
+    parser.add_argument("--sync-normalisation", action="store_true", help=whole)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """Of images from files."""
+    loaders = "that load images, per process (default: one per core)"
+    parser.add_argument("--workers", type=epoch_number, metavar="N", help=loaders)
+    profile = "train nothing; images per second of the grid's first run"
+    parser.add_argument("--profile", action="store_true", help=profile)
 
 
 def parse(
@@ -237,6 +193,26 @@ def parse(
             parser.error(f"is the {last} of '{given}' a value or the experiment? Put its NUMBER before the options")
     arguments.experiment = 1
     return arguments
+
+
+def setup(dataset: type[ImageDataset], argv: Sequence[str] | None = None) -> int:
+    """Run the command line of a setup script: get and read the dataset, and say what is there.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line message on stderr.
+    """
+    parser = argparse.ArgumentParser(description=f"Get {dataset.title}, if it is not there yet, and read it.")
+    parser.add_argument("--data-dir", default="data", help=f"folder that holds {dataset.directory}/ (%(default)s)")
+    parser.add_argument("--url", metavar="BASE", default=dataset.url, help="where to download from (%(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        data = dataset(arguments.data_dir, arguments.url)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
+    print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
+    return 0
 
 
 class Parser(argparse.ArgumentParser):

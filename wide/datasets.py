@@ -3,11 +3,9 @@
 What a dataset's files are called, where they come from and how they are read is said in its setup script.
 """
 
-import argparse
 import hashlib
 import os
 import shlex
-import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -120,7 +118,7 @@ class ImageDataset:
         images, labels = self.read(tuple(self.folder / file for file in files))
         if len(images) < minimum:
             raise self.damaged(f"holds {len(images)} {part} images, but at least {minimum} are needed", self.folder)
-        return torch.from_numpy(images), torch.from_numpy(labels).long()
+        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
 
     def _find(self, url: str) -> None:
         missing = [file for file in self.train_files + self.test_files if not os.path.exists(self.folder / file)]
@@ -224,26 +222,6 @@ def _fingerprint(*splits: Split) -> str:
         for tensor in (split.inputs, split.targets):
             checksum = zlib.crc32(tensor.numpy(), checksum)
     return "-".join([*(str(len(split)) for split in splits), f"{checksum:08x}"])
-
-
-def setup(dataset: type[ImageDataset], arguments: list[str] | None = None) -> int:
-    """The command line of a setup script: get and read the dataset, and say what is there.
-
-    Returns:
-        The exit status: 0, or 2 after a one-line message on stderr.
-    """
-    parser = argparse.ArgumentParser(description=f"Get {dataset.title}, if it is not there yet, and read it.")
-    parser.add_argument("--data-dir", default="data", help=f"folder that holds {dataset.directory}/ (%(default)s)")
-    parser.add_argument("--url", metavar="BASE", default=dataset.url, help="where to download from (%(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        data = dataset(options.data_dir, options.url)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
-    print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
-    return 0
 
 
 def add_sequences(variant: str) -> dict[str, Split]:

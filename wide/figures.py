@@ -2,6 +2,8 @@
 
 Line figures show the last of the shown metrics against the table's axis, a panel per section and a line per rule.
 Where all that a cell could show has diverged, the rule's mark stands hollow on the lower edge of the panel.
+
+Figures are matplotlib's objects, without pyplot: whatever backend a notebook or a user has chosen is left alone.
 """
 
 import math
@@ -10,24 +12,14 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 
-from wide.tables import RULE_NAMES, Cell, Table, section_text
+from wide.rules import RULES
+from wide.tables import Cell, Table, section_text
 
-# A rule looks the same in every figure; lightness, marker and dashes tell the rules apart without colour.
-STYLES = {
-    "backprop": {"color": "#111111", "marker": "o", "linestyle": "-"},
-    "align_ada": {"color": "#0b5fa5", "marker": "s", "linestyle": "-"},
-    "align_zero": {"color": "#4fa3e0", "marker": "D", "linestyle": "--"},
-    "align_prop": {"color": "#7a4fb5", "marker": "P", "linestyle": "-."},
-    "fa": {"color": "#c2410c", "marker": "^", "linestyle": "--"},
-    "dfa": {"color": "#e0a030", "marker": "v", "linestyle": ":"},
-    "last_layer": {"color": "#8a8a8a", "marker": "X", "linestyle": "-."},
-    "pair": {"color": "#111111", "marker": "o", "linestyle": "-"},
-}
 AXIS_LABELS = {
     "width": "width (channels or units per layer)",
     "learning_rate": "learning rate",
@@ -40,12 +32,12 @@ HOLLOW = "hollow: diverged"  # in legends
 def draw_figure(
     file: BinaryIO, title: str, table: Table, references: Mapping[str, Mapping[str, float]], examples: int
 ) -> None:
-    """Draw the figure that the table's layout asks for, as PNG.
+    """Draw the figure that the table's view asks for, as PNG.
 
     Args:
         examples: where "all images" lie on an axis of training images.
     """
-    figure = KINDS[table.layout.figure](table, references, examples)
+    figure = KINDS[table.view.figure](table, references, examples)
     _save(figure, title, file)
 
 
@@ -57,7 +49,7 @@ def lines(table: Table, references, examples: int):
             panel.axhline(_scaled(table, metrics[_drawn(table)]), color=GREY, linewidth=1, label=name)
         _logarithmic(panel, table, examples)
         panel.set_title(section_text(section), fontsize=10)
-    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    panels[0].set_ylabel(table.metrics.label(_drawn(table)))
     _legend(figure)
     return figure
 
@@ -70,8 +62,8 @@ def gap(table: Table, references, examples: int):
         _draw_gaps(pair[1], table, rows, examples)
         for panel in pair:
             _logarithmic(panel, table, examples)
-        pair[0].set_ylabel(table.measured.label(_drawn(table)))
-        pair[1].set_ylabel(f"gap to backprop ({'points' if table.measured.percent else table.measured.unit} below it)")
+        pair[0].set_ylabel(table.metrics.label(_drawn(table)))
+        pair[1].set_ylabel(f"gap to backprop ({'points' if table.metrics.percent else table.metrics.unit} below it)")
     _legend(figure)
     return figure
 
@@ -89,17 +81,17 @@ def seeds(table: Table, references, examples: int):
             _draw_seeds(panel, x, rule, cell, table)
             _mark_diverged(panel, rule, [x], [cell])
         panel.set_xlim(-0.5, len(cells) - 0.5)
-        panel.set_xticks(range(len(cells)), [RULE_NAMES[rule] for rule in cells], rotation=30, ha="right")
-        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        panel.set_xticks(range(len(cells)), [RULES[rule].title for rule in cells], rotation=30, ha="right")
+        panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
-    panels[0].set_ylabel(table.measured.label(_drawn(table)))
+    panels[0].set_ylabel(table.metrics.label(_drawn(table)))
     _legend(figure)
     return figure
 
 
 def curves(table: Table, references, examples: int):
     """Every shown metric against the epoch, averaged over seeds; a panel for each, and for each column."""
-    metrics = table.measured.shown
+    metrics = table.metrics.shown
     places = [
         (section, column, k, metric)
         for section in table.sections
@@ -116,13 +108,13 @@ def curves(table: Table, references, examples: int):
             epochs = zip(*(history[metric] for history in cells[k].histories), strict=True)
             means = [_scaled(table, statistics.fmean(values)) for values in epochs]
             last = max(last, len(means))
-            style = STYLES[rule] | {"markevery": max(len(means) // 8, 1), "markersize": 5}
-            panel.plot(range(1, len(means) + 1), means, label=RULE_NAMES[rule], **style)
+            style = RULES[rule].style | {"markevery": max(len(means) // 8, 1), "markersize": 5}
+            panel.plot(range(1, len(means) + 1), means, label=RULES[rule].title, **style)
         panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
-        panel.set_ylabel(table.measured.label(metric))
-        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        panel.set_title(section_text((*section, (table.layout.against, column))), fontsize=10)
+        panel.set_ylabel(table.metrics.label(metric))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_title(section_text((*section, (table.view.against, column))), fontsize=10)
         _plain(panel)
     _legend(figure)
     return figure
@@ -131,19 +123,19 @@ def curves(table: Table, references, examples: int):
 def timing(table: Table, references, examples: int):
     """Time on a logarithmic axis, and its ratio to that of the rule that it is compared with."""
     figure, panels = _panels(2 * len(table.sections))
-    reference = table.measured.relative_to
+    reference = table.metrics.relative_to
     for pair, rows in zip(zip(panels[::2], panels[1::2], strict=True), table.sections.values(), strict=True):
         _draw_lines(pair[0], table, rows, examples)
         pair[0].set_yscale("log")
-        pair[0].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        pair[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         pair[0].yaxis.set_major_formatter("{x:g}")
-        pair[0].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        pair[0].set_ylabel(table.measured.label(_drawn(table)))
+        pair[0].yaxis.set_minor_formatter(NullFormatter())
+        pair[0].set_ylabel(table.metrics.label(_drawn(table)))
         for rule, cells in rows.items():
             both = zip(cells, rows.get(reference, cells), strict=True)
             ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
             _line(pair[1], rule, _positions(table, examples), ratios)
-        pair[1].set_ylabel(f"time, in multiples of {RULE_NAMES[reference]}'s")
+        pair[1].set_ylabel(f"time, in multiples of {RULES[reference].title}'s")
         pair[1].set_ylim(bottom=0)
         for panel in pair:
             _logarithmic(panel, table, examples)
@@ -158,15 +150,14 @@ KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing, "curves":
 
 
 def _panels(count: int, sharey: bool = False):
-    size = (1.6 + 4.2 * count, 4.0)
-    figure, panels = plt.subplots(1, count, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
-    return figure, panels[0]
+    figure = Figure(figsize=(1.6 + 4.2 * count, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
 
 
 def _save(figure, title: str, file: BinaryIO) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)
 
 
 def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
@@ -189,10 +180,10 @@ def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
     if not cell.values:
         return
     points = [_scaled(table, value[_drawn(table)]) for value in cell.values]
-    style = STYLES[rule]
+    spec = RULES[rule]
     spread = [0.3 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
-    panel.plot([x + dx for dx in spread], points, style["marker"], color=style["color"], markersize=5)
-    panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=style["color"], linewidth=1.5)
+    panel.plot([x + dx for dx in spread], points, spec.marker, color=spec.color, markersize=5)
+    panel.hlines(_mean(cell, table), x - 0.25, x + 0.25, color=spec.color, linewidth=1.5)
 
 
 def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], aside: float = 0) -> None:
@@ -202,7 +193,7 @@ def _mark_diverged(panel, rule: str, positions: list[float], cells: list[Cell], 
         return
     edge = offset_copy(panel.get_xaxis_transform(), panel.figure, x=aside, units="points")
     hollow = {"linestyle": "none", "markersize": 4, "markerfacecolor": "white"}
-    style = {"marker": STYLES[rule]["marker"], "markeredgecolor": STYLES[rule]["color"]}
+    style = {"marker": RULES[rule].marker, "markeredgecolor": RULES[rule].color}
     panel.plot(places, [0] * len(places), transform=edge, clip_on=False, zorder=5, **hollow, **style)
     panel.plot([], [], marker="o", markeredgecolor=GREY, label=HOLLOW, **hollow)
 
@@ -218,10 +209,10 @@ def _line(panel, rule: str, positions: list[float], values: list, spread: list |
     if not there:
         return
     x, y = [positions[k] for k in there], [values[k] for k in there]
-    panel.plot(x, y, label=RULE_NAMES[rule], markersize=5, **STYLES[rule])
+    panel.plot(x, y, label=RULES[rule].title, markersize=5, **RULES[rule].style)
     if spread and any(spread):
         bars = [spread[k] for k in there]
-        panel.errorbar(x, y, bars, fmt="none", ecolor=STYLES[rule]["color"], elinewidth=1, capsize=3)
+        panel.errorbar(x, y, bars, fmt="none", ecolor=RULES[rule].color, elinewidth=1, capsize=3)
 
 
 def _positions(table: Table, examples: int) -> list[float]:
@@ -229,7 +220,7 @@ def _positions(table: Table, examples: int) -> list[float]:
 
 
 def _drawn(table: Table) -> str:
-    return table.measured.shown[table.measured.drawn]
+    return table.metrics.shown[table.metrics.drawn]
 
 
 def _mean(cell: Cell, table: Table) -> float | None:
@@ -237,7 +228,7 @@ def _mean(cell: Cell, table: Table) -> float | None:
 
 
 def _scaled(table: Table, value: float) -> float:
-    return 100 * value if table.measured.percent else value
+    return 100 * value if table.metrics.percent else value
 
 
 def _logarithmic(panel, table: Table, examples: int) -> None:
@@ -246,8 +237,8 @@ def _logarithmic(panel, table: Table, examples: int) -> None:
     room = (positions[-1] / positions[0]) ** 0.05 if len(positions) > 1 else 2
     panel.set_xlim(positions[0] / room, positions[-1] * room)  # the same where some are missing
     panel.set_xticks(positions, [f"{x:g}" for x in positions], rotation=30 if len(positions) > 7 else 0)
-    panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    panel.set_xlabel(AXIS_LABELS[table.layout.against])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xlabel(AXIS_LABELS[table.view.against])
     _plain(panel)
 
 
@@ -279,7 +270,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         layers = sorted({score.layer for score in scores})
         for number, layer in enumerate(layers):
             lightness = 0.75 * number / max(len(layers) - 1, 1)
-            style = {"color": plt.get_cmap("viridis")(lightness), "marker": MARKERS[number % len(MARKERS)]}
+            style = {"color": matplotlib.colormaps["viridis"](lightness), "marker": MARKERS[number % len(MARKERS)]}
             of_layer = [score for score in scores if score.layer == layer]
             _draw_score(panel, of_layer, "score", against, label=layer, linestyle="-", **style)
             _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
@@ -291,7 +282,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         places = sorted({getattr(score, against) for score in scores})
         if len(places) <= 10:
             panel.set_xticks(places, [str(place) for place in places])
-            panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter("{x:g}")
         _plain(panel)
     panels[0].set_ylabel("alignment score")

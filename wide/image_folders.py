@@ -134,7 +134,7 @@ class FolderTask(ClassificationTask):
     )  # fmt: skip
     evaluations = (Evaluation("validation", streamed=False),)
     offset = 0.0
-    direct_feedback = "pooled"
+    pooled_feedback = True
     image_shape = (3, SIZE, SIZE)
 
     def __init__(self, data_dir: Path, strides: tuple[int, ...], device: torch.device, workers: int | None = None):
@@ -205,7 +205,9 @@ class FolderTask(ClassificationTask):
 
 def _cores() -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(len(os.sched_getaffinity(0)) // processes, 1)
+    # macOS and Windows do not say which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // processes, 1)
 
 
 def _fingerprint(splits: dict[str, Images], data_dir: Path) -> str:

@@ -1,8 +1,8 @@
 """Several processes that train one network together, on one machine or on many, as torchrun starts them.
 
-The first process decides what is trained and writes what is kept; the others follow it. All hold the whole network,
-with the same initial parameters and feedback weights, which follow from the seed. Gradients are summed over processes
-after every backward pass, whatever the learning rule.
+The first process, the leader, decides what is trained and writes what is kept; the others are its workers. All hold the
+whole network, with the same initial parameters and feedback weights, which follow from the seed. Gradients are summed
+over processes after every backward pass, whatever the learning rule.
 """
 
 import contextlib
@@ -12,6 +12,10 @@ import sys
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+
+from wide import UserError
+
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets in the environment beside WORLD_SIZE
 
 
 class Processes:
@@ -45,7 +49,7 @@ class Processes:
         self.working_now = False
 
     def dismiss(self) -> None:
-        """Tell the other processes to end, where they listen: those that an error left at work torchrun stops."""
+        """End the workers, where they listen: those that an error left at work torchrun stops."""
         if self.working_now:
             return
         with contextlib.suppress(RuntimeError):  # one has ended already, with an error of its own
@@ -96,14 +100,21 @@ class _Sum(torch.autograd.Function):
 
 
 def join(device: torch.device) -> Processes:
-    """The processes that torchrun has started, connected until they `leave`; else this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    """The processes that torchrun has started, connected until they `leave`; else this one alone.
+
+    Raises:
+        UserError: the environment speaks of several processes, but torchrun has not started them.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return ALONE
+    if not count.isdigit() or any(name not in os.environ for name in TORCHRUN):
+        others = ", ".join(TORCHRUN)
+        raise UserError(f"WORLD_SIZE is {count} here without {others}; start with torchrun, or unset WORLD_SIZE")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Processes(int(os.environ["RANK"]), count)
+    return Processes(int(os.environ["RANK"]), int(count))
 
 
 def leave(status: int) -> int:
@@ -119,5 +130,5 @@ def leave(status: int) -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, as torchrun tells it."""
+    """The number of this process on its machine, as torchrun numbers them."""
     return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,18 +1,19 @@
 """Reports: an experiment's .csv, .md and .png, from what is in outputs/. Nothing here trains."""
 
+import contextlib
 import csv
-import dataclasses
 import io
+import os
+import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
-from wide.runs import Run, replace, writing
+from wide.rules import RULES
+from wide.runs import FINISHED, RunFolder, replace, writing
 from wide.tables import (
-    RULE_NAMES,
-    Layout,
-    Measured,
+    Metrics,
     Summary,
     Table,
     axis_text,
@@ -22,30 +23,61 @@ from wide.tables import (
     unusual_text,
 )
 
+if TYPE_CHECKING:
+    from wide.study import Study
 
-def report(
-    path: Path, title: str, layout: Layout, measured: Measured, summaries: list[Summary], beside: list[Summary],
-    references: Mapping[str, Mapping[str, float]], examples: int,
-) -> str:  # fmt: skip
-    """The report of a grid of runs; see `write_report`.
 
-    Args:
-        beside: runs of another experiment to show for comparison; they are not in the .csv.
-        references: metrics to compare with, by their name, such as the loss of guessing.
-        examples: number of training examples where the data are not limited.
+class TableReport:
+    """The table of rules and its figure: what an experiment shows of its runs by default (see experiments.Report)."""
+
+    def check(self, study: "Study") -> None:
+        """Everything can be shown."""
+
+    def has(self, study: "Study", folder: RunFolder) -> bool:
+        return folder.status(study.epochs) in FINISHED
+
+    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+        return ()
+
+    def write(self, study: "Study") -> str:
+        metrics = study.experiment.metrics or study.subject.metrics
+        summaries = [Summary.read(folder, study.epochs, metrics) for folder in study.folders]
+        beside = self.beside(study, summaries, metrics)
+        table = make_table(study.experiment.view, [*summaries, *beside], metrics)
+        references = study.subject.references(study.options.data)
+        title = study.title + unusual_text([summary.run for summary in summaries])
+        examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
+
+        def draw(file: BinaryIO) -> None:
+            figures().draw_figure(file, title, table, references, examples)
+
+        text = markdown(title, table, [*summaries, *beside], references)
+        return write_report(study.report_path, as_csv(summaries), text, draw)
+
+    def beside(self, study: "Study", summaries: list[Summary], metrics: Metrics) -> list[Summary]:
+        """Finished runs of another experiment on the same data, for comparison; they are not in the .csv."""
+        data = {summary.data for summary in summaries}
+        compared = [Summary.read(folder, study.epochs, metrics) for folder in study.compared_folders]
+        return [summary for summary in compared if summary.status == "done" and summary.data in data]
+
+
+def figures() -> ModuleType:
+    """wide.figures, imported only now: matplotlib takes a second.
+
+    Without MPLBACKEND: no backend is used, and with one that is not installed, such as the one that a notebook sets for
+    itself and its commands, matplotlib refuses to be imported.
     """
-    from wide.figures import draw_figure  # matplotlib takes a second to import
-
-    table = make_table(layout, [*summaries, *beside], measured)
-    title += unusual_text([summary.run for summary in summaries])
-    examples = max((images for s in summaries if (images := s.training_images)), default=examples)
-    text = markdown(title, table, [*summaries, *beside], references)
-    draw = partial(draw_figure, title=title, table=table, references=references, examples=examples)
-    return write_report(path, as_csv(summaries), text, draw)
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from wide import figures
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return figures
 
 
 def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], None]) -> str:
-    """Write `path`.csv, .md and .png.
+    """Write `path`.csv, .md and, after them, .png; a figure that cannot be drawn is a note on stderr.
 
     Args:
         draw: writes the figure into a file.
@@ -59,21 +91,27 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
     with writing(path.parent):
         replace(path.with_suffix(".csv"), lambda file: file.write(rows.encode()))
         replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
+    try:
         replace(path.with_suffix(".png"), draw)
+    except Exception as error:  # whatever matplotlib, its configuration or its fonts have
+        print(f"note: {path}.png is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # an earlier one would not belong to this table
+            path.with_suffix(".png").unlink(missing_ok=True)
+        return f"{text}\nwritten to {path}.csv, .md"
     return f"{text}\nwritten to {path}.csv, .md, .png"
 
 
 def as_csv(summaries: list[Summary]) -> str:
     """A row per run: its settings, final and best metrics, seconds, status."""
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.final if name != "seconds"))
-    names = [field.name for field in dataclasses.fields(Run)]
+    names = list(dict.fromkeys(name for summary in summaries for name in summary.run.settings()))
     final, best = [f"final_{name}" for name in metrics], [f"best_{name}" for name in metrics]
     stream = io.StringIO()
     columns = [*names, "epochs", *final, *best, "seconds", "status", "data", "device"]
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for summary in summaries:
-        row = dataclasses.asdict(summary.run)
+        row = summary.run.settings()
         row |= {f"final_{name}": value for name, value in summary.final.items()}
         row |= {f"best_{name}": value for name, value in summary.best.items()}
         row |= {name: getattr(summary, name) for name in ("epochs", "status", "data", "device")}
@@ -88,31 +126,29 @@ def markdown(title: str, table: Table, summaries: list[Summary], references: Map
     for section, rows in table.sections.items():
         if section:
             lines += [f"## {section_text(section)}", ""]
-        lines.append(
-            "| rule | " + " | ".join(axis_text(table.layout.against, column) for column in table.columns) + " |"
-        )
+        lines.append("| rule | " + " | ".join(axis_text(table.view.against, column) for column in table.columns) + " |")
         lines.append("|---" * (1 + len(table.columns)) + "|")
-        compared = rows.get(table.measured.relative_to) or [None] * len(table.columns)
+        compared = rows.get(table.metrics.relative_to) or [None] * len(table.columns)
         for rule, cells in rows.items():
             texts = [table.text(cell, other) for cell, other in zip(cells, compared, strict=True)]
-            lines.append(f"| {RULE_NAMES[rule]} | " + " | ".join(texts) + " |")
+            lines.append(f"| {RULES[rule].title} | " + " | ".join(texts) + " |")
         for name, metrics in references.items():
-            text = " / ".join(table.measured.text(metrics[metric]) for metric in table.measured.shown)
+            text = " / ".join(table.metrics.text(metrics[metric]) for metric in table.metrics.shown)
             lines.append(f"| {name} | " + " | ".join([text] * len(table.columns)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _legend(table: Table, summaries: list[Summary]) -> str:
-    measured = table.measured
-    what = " / ".join(measured.label(metric) for metric in measured.shown)
-    when = "best over the epochs" if measured.use_best else "at the last epoch"
+    metrics = table.metrics
+    what = " / ".join(metrics.label(metric) for metric in metrics.shown)
+    when = "best over the epochs" if metrics.use_best else "at the last epoch"
     choices = " and ".join(axis.replace("_", " ") for axis in table.choices)
-    chosen = f", at the {choices} of the best {measured.choice.replace('_', ' ')}" if choices else ""
+    chosen = f", at the {choices} of the best {metrics.choice.replace('_', ' ')}" if choices else ""
     several = any(len(cell.values) > 1 for rows in table.sections.values() for cells in rows.values() for cell in cells)
-    averaged = " and ".join(axis.replace("_", " ") for axis in table.layout.averaged)
+    averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
     spread = f"; mean ± standard deviation of n runs that differ in {averaged}" if several else ""
-    relative = f"; x: times {RULE_NAMES[measured.relative_to]}" if measured.relative_to else ""
+    relative = f"; x: times {RULES[metrics.relative_to].title}" if metrics.relative_to else ""
     data = ", ".join(sorted({summary.data for summary in summaries if summary.data}))
     devices = ", ".join(sorted({summary.device for summary in summaries if summary.device}))
     epochs = max(summary.epochs for summary in summaries)

@@ -1,8 +1,8 @@
 """One run: what identifies it, and the folder that keeps it.
 
 outputs/<dataset>/<name>/ holds config.json (the identity, and where and with what each session trained), metrics.csv
-(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), where they are logged
-angles.csv (a row per epoch and layer) and, after a failure, error.txt.
+(a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), the files of recorders
+(wide/recorders.py) and, after a failure, error.txt.
 
 The number of epochs is not part of the identity: with a constant learning rate it decides how far a run goes, not what
 its numbers are, so a longer experiment goes on where a shorter one stopped, and a shorter one reads its first epochs.
@@ -12,12 +12,15 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
+import functools
 import json
 import math
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +35,9 @@ try:
     import fcntl
 except ImportError:  # Windows: runs work, but two processes must not share one
     fcntl = None
+
+# What flock says on file systems without it, such as Lustre and NFS may be.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Run:
     precision: str = "fp32"
     timed_on: str | None = None  # the device, for runs whose time is the result
     batches: int = 1  # per step, each normalised by itself
+    decay: float = 0.0  # of weights: L2, as torch's optimisers take it
+    rule_variant: str | None = None  # of rules that come in several
 
     @property
     def name(self) -> str:
@@ -62,9 +70,11 @@ class Run:
         unusual = {"sgd", "ntk", None, "fp32"}
         words += [
             word
-            for word in (self.parameterisation, self.optimizer, self.variant, self.precision)
+            for word in (self.parameterisation, self.optimizer, self.variant, self.precision, self.rule_variant)
             if word not in unusual
         ]
+        if self.decay:
+            words.append(f"decay{self.decay:g}")
         if self.timed_on is not None:
             words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
@@ -73,7 +83,14 @@ class Run:
     def batches_name(self) -> str:
         return f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else "")
 
+    def settings(self) -> dict[str, object]:
+        """What describes the run in its config.json and in tables."""
+        values = dataclasses.asdict(self)
+        return {name: v for name, v in values.items() if name not in _OF_SOME_RULES or v != _USUAL[name]}
 
+
+# Settings that only some rules have; the others' runs are described without them.
+_OF_SOME_RULES = ("decay", "rule_variant")
 _USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
 
 
@@ -82,6 +99,9 @@ def effective_batch(batch_size: int, data_limit: int | None) -> int:
     if data_limit is None:
         return batch_size
     return data_limit if batch_size > data_limit else math.gcd(batch_size, data_limit)
+
+
+FINISHED = ("done", "diverged")  # states of a run that need no more training
 
 
 class Busy(Exception):
@@ -96,7 +116,6 @@ class RunFolder:
         self.path = Path(outputs) / run.dataset / run.name
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.csv"
-        self.angles_path = self.path / "angles.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.error_path = self.path / "error.txt"
         self._read: tuple[tuple | None, tuple[int, bool]] = (None, (0, True))  # see `progress`
@@ -198,6 +217,10 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise Busy from error
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    note_no_locks(self.path.parents[1])
             yield
 
     def check(self, fingerprint: str) -> None:
@@ -205,7 +228,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run with other settings or other data, or does not say which.
         """
-        config, mine = self.config(), self.identity(fingerprint)
+        config, mine = self.config(), _USUAL | self.identity(fingerprint)
         if not config and (self.metrics_path.exists() or self.checkpoint_path.exists()):
             raise self.damaged(self.config_path, FileNotFoundError("it is missing"))
         # A setting that came into use after the run was made had its usual value then.
@@ -215,7 +238,7 @@ class RunFolder:
             raise UserError(f"{self.path} was trained with {was}; use another --outputs folder or delete it")
 
     def identity(self, fingerprint: str) -> dict:
-        return {**dataclasses.asdict(self.run), "data": fingerprint}
+        return {**self.run.settings(), "data": fingerprint}
 
     def begin_session(self, fingerprint: str, device: str, epoch: int) -> None:
         """Record in config.json the session that starts, after this epoch, in a folder that passed `check`.
@@ -242,19 +265,17 @@ class RunFolder:
         """Add a row to metrics.csv; it is on disk when this returns."""
         append_rows(self.metrics_path, [row])
 
-    def append_angles(self, rows: list[dict[str, float | str | None]]) -> None:
-        """Add the rows of an epoch to angles.csv."""
-        append_rows(self.angles_path, rows)
-
     def keep(self, epochs: int) -> None:
         """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers.
+
+        Of metrics.csv, and of the files that recorders keep beside it.
 
         Raises:
             UserError: rows up to there are missing, or a file is damaged.
         """
         if len(self.rows()) < epochs:
             raise self.damaged(self.metrics_path, ValueError(f"rows up to epoch {epochs} are missing"))
-        for path in (self.metrics_path, self.angles_path):
+        for path in sorted(self.path.glob("*.csv")):
             try:
                 keep_rows(path, epochs)
             except ValueError as error:
@@ -263,8 +284,17 @@ class RunFolder:
     def save(self, checkpoint: dict) -> None:
         replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
 
+    def parameters_path(self, epoch: int) -> Path:
+        return self.path / "parameters" / f"epoch_{epoch}.pt"
+
+    def kept_epochs(self) -> set[int]:
+        """The epochs whose parameters are kept, where the initial ones are too."""
+        names = [path.name for path in self.parameters_path(0).parent.glob("epoch_*.pt")]
+        epochs = {int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
+        return epochs if 0 in epochs else set()
+
     def save_parameters(self, epoch: int, parameters: dict[str, torch.Tensor]) -> None:
-        path = self.path / "parameters" / f"epoch_{epoch}.pt"
+        path = self.parameters_path(epoch)
         path.parent.mkdir(exist_ok=True)
         replace(path, lambda file: torch.save(parameters, file))
 
@@ -282,6 +312,12 @@ class RunFolder:
             return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise self.damaged(self.checkpoint_path, error) from error
+
+
+@functools.cache
+def note_no_locks(outputs: Path) -> None:
+    """Once for an outputs folder."""
+    print(f"note: {outputs} lies on a file system without locks; start one process at a time there", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -311,8 +347,14 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def keep_rows(path: Path, epochs: int) -> None:
-    """Drop from a CSV file, where it exists, the rows after this epoch, their first column, and what was cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Drop from a CSV file whose first column is the epoch the rows after this one, and what was cut off.
+
+    Raises:
+        ValueError: a row whose first column is no number.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    if not lines or not lines[0].startswith("epoch,"):
+        return
     whole = [line for line in lines if line.endswith("\n")]
     kept = whole[:1] + [line for line in whole[1:] if int(line.partition(",")[0]) <= epochs]
     if kept != lines:

@@ -35,6 +35,17 @@ from wide.networks import Convolution, Dense, activity_shapes, same_padding
 Shifts = list[tuple[tuple[int, int], Tensor]]
 
 
+class Draws(NamedTuple):
+    """How the score is sampled: `count` batches of `batch` inputs z each, from a generator on the changes' device."""
+
+    count: int = 100
+    batch: int = 100
+    generator: torch.Generator | None = None
+
+
+PUBLISHED_DRAWS = Draws()
+
+
 class Score(NamedTuple):
     """An alignment score, in [0, 1], and its standard error."""
 
@@ -81,9 +92,7 @@ def sampled_score(
     delta_normal: Tensor,
     delta_align: Tensor,
     input_size: tuple[int, ...] = (),
-    draws: int = 100,
-    batch: int = 100,
-    generator: torch.Generator | None = None,
+    draws: Draws = PUBLISHED_DRAWS,
 ) -> Score | None:
     """The score estimated as published, with draws of z put through the layer's own forward pass and its transpose.
 
@@ -91,8 +100,7 @@ def sampled_score(
 
     Args:
         layer, delta_normal, delta_align, input_size: as for `exact_score`.
-        draws, batch: `draws` batches of `batch` inputs z, two inputs at least in all.
-        generator: for z, on the device of the changes.
+        draws: of z, two inputs at least in all.
 
     Returns:
         The score, or None as for `exact_score`.
@@ -101,13 +109,15 @@ def sampled_score(
         TypeError, ValueError: as for `exact_score`; ValueError also for fewer than two inputs.
     """
     _check(layer, delta_normal, delta_align, input_size)
-    if draws * batch < 2:
-        raise ValueError(f"a standard error needs at least two inputs, not {draws} draws of a batch of {batch}")
+    if draws.count * draws.batch < 2:
+        raise ValueError(
+            f"a standard error needs at least two inputs, not {draws.count} draws of a batch of {draws.batch}"
+        )
     like = {"device": delta_normal.device, "dtype": delta_normal.dtype}
-    shape = (batch, layer.weight.shape[1], *input_size)
+    shape = (draws.batch, layer.weight.shape[1], *input_size)
     deltas, products = [_scaled(delta.detach()) for delta in (delta_normal, delta_align)], []
-    for _ in range(draws):
-        inputs = torch.randn(shape, generator=generator, **like)
+    for _ in range(draws.count):
+        inputs = torch.randn(shape, generator=draws.generator, **like)
         P, Q = (_there_and_back(layer, delta, inputs) for delta in deltas)
         products.append(torch.stack([_products_per_input(*pair) for pair in ((P, Q), (P, P), (Q, Q))]))
     return _jackknife(torch.cat(products, 1).cpu())

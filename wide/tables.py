@@ -8,20 +8,9 @@ from collections.abc import Mapping
 
 from wide.runs import Run, RunFolder
 
-RULE_NAMES = {
-    "backprop": "Backprop",
-    "align_ada": "Align-ada",
-    "align_zero": "Align-zero",
-    "align_prop": "Align-prop",
-    "fa": "FA",
-    "dfa": "DFA",
-    "last_layer": "Last layer",
-    "pair": "Backprop, beside it Align",
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Metrics:
     """Which metrics are shown, and which run is best.
 
     Args:
@@ -54,16 +43,16 @@ class Measured:
         return f"{name} ({self.unit})" if self.unit else name
 
 
-ACCURACY = Measured(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
-TOP_ACCURACY = Measured(
+ACCURACY = Metrics(("validation_accuracy", "test_accuracy"), higher=True, percent=True, unit="%")
+TOP_ACCURACY = Metrics(
     ("validation_accuracy", "validation_top_5_accuracy"), higher=True, drawn=0, percent=True, unit="%"
 )
-BEST_LOSS = Measured(("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error per sequence")
-EPOCH_TIME = Measured(("seconds",), higher=False, unit="s", relative_to="backprop")
+BEST_LOSS = Metrics(("train_loss", "test_loss"), higher=False, use_best=True, unit="squared error per sequence")
+EPOCH_TIME = Metrics(("seconds",), higher=False, unit="s", relative_to="backprop")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class View:
     """How a table and its figure show a grid.
 
     Args:
@@ -99,18 +88,18 @@ class Summary:
     device: str
 
     @classmethod
-    def read(cls, folder: RunFolder, epochs: int, measured: Measured) -> "Summary":
+    def read(cls, folder: RunFolder, epochs: int, metrics: Metrics) -> "Summary":
         rows, config = folder.rows()[:epochs], folder.config()
         names = [name for name in (rows[0] if rows else ()) if name != "epoch"]
-        metrics = [name for name in names if all(row[name] is not None for row in rows)]
-        finite = [row for row in rows if all(math.isfinite(row[name]) for name in metrics)]
+        columns = [name for name in names if all(row[name] is not None for row in rows)]
+        finite = [row for row in rows if all(math.isfinite(row[name]) for name in columns)]
         return cls(
             run=folder.run,
             status=folder.status(epochs),
             epochs=len(rows),
-            final={name: rows[-1][name] for name in metrics} if rows else {},
-            best=_best(finite, metrics, measured),
-            history={name: tuple(row[name] for row in rows) for name in metrics},
+            final={name: rows[-1][name] for name in columns} if rows else {},
+            best=_best(finite, columns, metrics),
+            history={name: tuple(row[name] for row in rows) for name in columns},
             seconds=sum(row["seconds"] for row in rows),
             data=config.get("run", {}).get("data", ""),
             device=", ".join(dict.fromkeys(session["device"] for session in config.get("sessions", []))),
@@ -122,18 +111,18 @@ class Summary:
         count = self.data.partition("-")[0]
         return int(count) if count.isdigit() else None
 
-    def shown(self, measured: Measured) -> Mapping[str, float]:
-        return self.best if measured.use_best else self.final
+    def shown(self, metrics: Metrics) -> Mapping[str, float]:
+        return self.best if metrics.use_best else self.final
 
 
-def _best(rows: list[dict], metrics: list[str], measured: Measured) -> dict[str, float]:
+def _best(rows: list[dict], columns: list[str], metrics: Metrics) -> dict[str, float]:
     if not rows:
         return {}
-    pick = max if measured.higher else min
-    if measured.use_best:
-        return {name: pick(row[name] for row in rows) for name in metrics}
-    row = pick(rows, key=lambda row: row[measured.choice])
-    return {name: row[name] for name in metrics}
+    pick = max if metrics.higher else min
+    if metrics.use_best:
+        return {name: pick(row[name] for row in rows) for name in columns}
+    row = pick(rows, key=lambda row: row[metrics.choice])
+    return {name: row[name] for name in columns}
 
 
 # ------------------------------------------------------------------------------------------------------------- cells
@@ -162,15 +151,15 @@ class Cell:
         return statistics.stdev(value[metric] for value in self.values) if len(self.values) > 1 else 0.0
 
 
-def make_cell(summaries: list[Summary], layout: Layout, measured: Measured) -> Cell:
+def make_cell(summaries: list[Summary], view: View, metrics: Metrics) -> Cell:
     """The cell of runs that belong to one rule and column: of the settings chosen over, the best on average."""
     candidates = defaultdict(list)
     for summary in summaries:
-        candidates[tuple(getattr(summary.run, axis) for axis in layout.best_over)].append(summary)
+        candidates[tuple(getattr(summary.run, axis) for axis in view.best_over)].append(summary)
     through = [
         Cell(
-            tuple(s.shown(measured) for s in group),
-            dict(zip(layout.best_over, key, strict=True)),
+            tuple(s.shown(metrics) for s in group),
+            dict(zip(view.best_over, key, strict=True)),
             "done",
             tuple(s.history for s in group),
         )
@@ -180,8 +169,8 @@ def make_cell(summaries: list[Summary], layout: Layout, measured: Measured) -> C
     if not through:
         states = dict.fromkeys(summary.status for summary in summaries)
         return Cell((), {}, "diverged" if "diverged" in states else ", ".join(states) or "-")
-    pick = max if measured.higher else min
-    return pick(through, key=lambda cell: cell.mean(measured.choice))
+    pick = max if metrics.higher else min
+    return pick(through, key=lambda cell: cell.mean(metrics.choice))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,47 +181,45 @@ class Table:
     axes chosen over that had a choice.
     """
 
-    layout: Layout
-    measured: Measured
+    view: View
+    metrics: Metrics
     columns: tuple
     sections: Mapping[tuple, Mapping[str, list[Cell]]]
     choices: tuple[str, ...]
 
     def text(self, cell: Cell, reference: Cell | None) -> str:
-        """A cell in words; `reference` is that of `measured.relative_to` in the same column."""
+        """A cell in words; `reference` is that of `metrics.relative_to` in the same column."""
         if not cell.values:
             return cell.status
         several = len(cell.values) > 1
         parts = []
-        for metric in self.measured.shown:
-            spread = f" ± {self.measured.text(cell.deviation(metric))}" if several else ""
-            parts.append(self.measured.text(cell.mean(metric)) + spread)
+        for metric in self.metrics.shown:
+            spread = f" ± {self.metrics.text(cell.deviation(metric))}" if several else ""
+            parts.append(self.metrics.text(cell.mean(metric)) + spread)
         notes = [axis_text(axis, cell.chosen[axis]) for axis in self.choices]
         notes += [f"n={len(cell.values)}"] if several else []
         if reference is not None and reference.values:
-            notes.insert(0, f"{cell.mean(self.measured.choice) / reference.mean(self.measured.choice):.2f}x")
+            notes.insert(0, f"{cell.mean(self.metrics.choice) / reference.mean(self.metrics.choice):.2f}x")
         return " / ".join(parts) + (f" ({', '.join(notes)})" if notes else "")
 
 
-def make_table(layout: Layout, summaries: list[Summary], measured: Measured) -> Table:
+def make_table(view: View, summaries: list[Summary], metrics: Metrics) -> Table:
     def values(axis: str) -> tuple:
         return tuple(dict.fromkeys(getattr(summary.run, axis) for summary in summaries))
 
-    used = (layout.against, *layout.best_over, *layout.averaged)
+    used = (view.against, *view.best_over, *view.averaged)
     remaining = [axis for axis in AXES if axis not in used and len(values(axis)) > 1]
-    columns = tuple(sorted(values(layout.against), key=lambda value: (value is None, value or 0)))
+    columns = tuple(sorted(values(view.against), key=lambda value: (value is None, value or 0)))
     grouped = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for summary in summaries:
         section = tuple((axis, getattr(summary.run, axis)) for axis in remaining)
-        grouped[section][summary.run.rule][getattr(summary.run, layout.against)].append(summary)
+        grouped[section][summary.run.rule][getattr(summary.run, view.against)].append(summary)
     sections = {
-        section: {
-            rule: [make_cell(cells[column], layout, measured) for column in columns] for rule, cells in rows.items()
-        }
+        section: {rule: [make_cell(cells[column], view, metrics) for column in columns] for rule, cells in rows.items()}
         for section, rows in grouped.items()
     }
-    choices = tuple(axis for axis in layout.best_over if len(values(axis)) > 1)
-    return Table(layout, measured, columns, sections, choices)
+    choices = tuple(axis for axis in view.best_over if len(values(axis)) > 1)
+    return Table(view, metrics, columns, sections, choices)
 
 
 def settings_text(runs: list[Run]) -> str:

@@ -1,7 +1,7 @@
 """What is learned: for each kind of data the networks that fit it, the loss, and what is measured after an epoch."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 
 import numpy as np
 import torch
@@ -10,13 +10,11 @@ from torch import Tensor
 
 import align_rules
 from wide import UserError
-from wide.alignment import Pair
 from wide.datasets import ImageDataset, Split, add_sequences
-from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork, draw
+from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
 from wide.processes import Processes
+from wide.rules import make_rule
 from wide.runs import Run
-
-RULES = {**align_rules.RULES, "pair": Pair}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +29,10 @@ class Task:
     """Data, and how runs learn them.
 
     `columns` are the metrics of metrics.csv: "<split>_<measure>", averaged over batches. Those of the training split
-    are taken during training unless it is evaluated afterwards. `observe`, called with the rule and the epoch, adds
-    metrics of its own.
+    are taken during training unless it is evaluated afterwards.
     """
 
     columns: tuple[str, ...]
-    observe: Callable[[align_rules.Rule, int], dict[str, float | None]] | None = None
     evaluations: tuple[Evaluation, ...]
 
     def __init__(self, splits: dict[str, Sized], fingerprint: str, device: torch.device):
@@ -49,17 +45,7 @@ class Task:
         Raises:
             UserError: the run does not fit the data.
         """
-        examples = len(self.splits["train"])
-        if run.data_limit is not None and run.data_limit > examples:
-            raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
-        if examples < (step := run.batch_size * run.batches):
-            raise UserError(f"{examples} training images make no batch of {step}; use a smaller --batch-size")
-        if run.batch_size < 2:
-            limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
-            raise UserError(
-                f"a batch of one{limited}, cannot be normalised over the batch; choose --batch-size and --data-limits "
-                "with a common divisor of at least 2"
-            )
+        raise NotImplementedError
 
     def rule(self, run: Run) -> align_rules.Rule:
         """A fresh network with its published initial parameters, wrapped in the run's rule, on the device."""
@@ -98,15 +84,28 @@ class Task:
 class ClassificationTask(Task):
     """Classification of images by regression onto one-hot vectors (section 2 of the paper's released code).
 
-    `offset` is subtracted from the one-hot vectors. `direct_feedback` says what DFA's feedback weights reach: "blocks",
-    every entry of an activity, or "pooled", its channels averaged over positions.
+    `offset` is subtracted from the one-hot vectors. `pooled_feedback`: direct feedback reaches an activity's channels,
+    averaged over positions, and not every entry.
     """
 
     offset = 0.1
-    direct_feedback = "blocks"
+    pooled_feedback = False
     classes: int
     image_shape: tuple[int, int, int]  # (channels, h, w)
     strides: tuple[int, ...]  # of the blocks
+
+    def check(self, run: Run) -> None:
+        examples = len(self.splits["train"])
+        if run.data_limit is not None and run.data_limit > examples:
+            raise UserError(f"there are {examples} training images; use --data-limits up to {examples}")
+        if examples < (step := run.batch_size * run.batches):
+            raise UserError(f"{examples} training images make no batch of {step}; use a smaller --batch-size")
+        if run.batch_size < 2:
+            limited = f", which --data-limits {run.data_limit} leads to" if run.data_limit else ""
+            raise UserError(
+                f"a batch of one{limited}, cannot be normalised over the batch; choose --batch-size and --data-limits "
+                "with a common divisor of at least 2"
+            )
 
     def rule(self, run: Run) -> align_rules.Rule:
         channels, height, width = self.image_shape
@@ -115,10 +114,7 @@ class ClassificationTask(Task):
         else:
             pixels = channels * height * width
             network = FullyConnectedNetwork(pixels, run.width, self.classes, parameterisation=run.parameterisation)
-        kind = {"fa": "layers", "dfa": self.direct_feedback}.get(run.rule)
-        feedback = draw(network, run.seed, kind, self.image_shape)
-        settings = {"feedback": feedback} if feedback else {}
-        return RULES[run.rule](network, **settings).to(self.device)
+        return make_rule(run, network, self.image_shape, self.pooled_feedback).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         wanted = F.one_hot(targets, self.classes).to(outputs.dtype) - self.offset
@@ -167,20 +163,7 @@ class AddTask(Task):
             raise UserError(f"the Add task has {smallest} test sequences; use --batch-size {smallest} or less")
 
     def rule(self, run: Run) -> align_rules.Rule:
-        network = RecurrentNetwork(run.width, run.batch_size)
-        feedback = draw(network, run.seed, "layers" if run.rule == "fa" else None)
-        live = ("initial_state",)
-        # The published copy's readout reads its own state alone: its input is not coupled.
-        uncoupled = ("readout",) if run.variant == "published" else ()
-        settings = {
-            "last_layer": {"learns": ("readout", *live)},
-            "fa": {"feedback": feedback, "added": live},
-            "align_prop": {"added": live},
-            "align_ada": {"coupling": "activity", "live": live, "uncoupled": uncoupled},
-            "align_zero": {"live": live},
-            "pair": {"live": live},
-        }
-        return RULES[run.rule](network, **settings.get(run.rule, {})).to(self.device)
+        return make_rule(run, RecurrentNetwork(run.width, run.batch_size)).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over time of the batch mean of the squared error."""

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from wide.devices import device_name
 from wide.image_folders import FolderTask
 from wide.processes import Processes
 from wide.runs import Run
-from wide.training import Training, device_name
+from wide.training import Training
 
 SECONDS = 20  # of each measurement
 WARM_UP = 3  # batches that do not count

@@ -1,80 +1,27 @@
-"""The training loop: one for all tasks, networks and rules."""
+"""The training loop, one for all tasks, networks and rules; and a run's life, from its checkpoint on."""
 
 import contextlib
 import dataclasses
 import io
 import itertools
 import math
-import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from align_rules import feedback_angles, gradient_angles
 from wide import UserError
+from wide.devices import device_name
 from wide.networks import synchronise_normalisation
-from wide.processes import ALONE, Processes, local_rank
+from wide.optimizers import OPTIMIZERS
+from wide.processes import ALONE, Processes
+from wide.recorders import Recorder
 from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
 from wide.tasks import Task
-
-PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
-
-
-class PublishedAdam(torch.optim.Adam):
-    """Adam as TensorFlow 1 has it: epsilon is added before the second moment's bias is corrected, not after.
-
-    lr * sqrt(1 - b2^t)/(1 - b1^t) * m / (sqrt(v) + epsilon) (Kingma & Ba, 2015, end of section 2), which is torch's
-    update with epsilon/sqrt(1 - b2^t).
-    """
-
-    epsilon = 1e-8
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            taken = max((int(self.state[p]["step"]) for p in group["params"] if self.state[p]), default=0)
-            group["eps"] = self.epsilon / math.sqrt(1 - group["betas"][1] ** (taken + 1))
-        return super().step(closure)
-
-
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": PublishedAdam}
-
-
-def choose_device(name: str) -> torch.device:
-    """The CPU, or this process' own GPU.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install torch with CUDA")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if (number := local_rank()) >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs are here; start no more processes than that")
-    return torch.device("cuda", number)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """fp64, fp32, tf32 or bf16; set for the whole process. `auto` is tf32 on a GPU that has it (as TensorFlow's did),
-    else fp32.
-
-    Raises:
-        UserError: tf32 without a GPU that has it.
-    """
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "tf32" and not has_tf32:
-        raise UserError("--precision tf32 needs an NVIDIA GPU of compute capability 8 or more; use fp32")
-    precision = ("tf32" if has_tf32 else "fp32") if name == "auto" else name
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return precision
 
 
 class Training:
@@ -84,27 +31,24 @@ class Training:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
-        angles: rows of angles.csv for the last epoch, where `log_alignment` is set.
 
     Args:
         processes: those that train together. Every step's batches are shared out among them; where a step is one batch,
             each takes a part of it, and the batch is normalised as a whole.
+        recorders: what is recorded beside the metrics.
     """
 
-    log_alignment = False
-
-    def __init__(self, task: Task, run: Run, processes: Processes = ALONE):
-        self.task, self.run, self.processes = task, run, processes
+    def __init__(self, task: Task, run: Run, processes: Processes = ALONE, recorders: Sequence[Recorder] = ()):
+        self.task, self.run, self.processes, self.recorders = task, run, processes, recorders
         self.rule = task.rule(run)
         self.split_batches = run.batches == 1 and processes.count > 1
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
-        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate)
+        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate, weight_decay=run.decay)
         self.stream = np.random.RandomState(run.seed)
         self.epoch = 0
-        self.angles: list[dict[str, float | str | None]] = []
-        self.aside = 0.0  # seconds spent on them
+        self.aside_seconds = 0.0  # of this epoch, on recorders
 
     def state(self) -> dict:
         """What a checkpoint holds."""
@@ -131,12 +75,11 @@ class Training:
         With several processes, those of this one.
         """
         self.rule.train()
-        self.angles, self.aside = [], 0.0
+        self.aside_seconds = 0.0
         steps = self.shares(self.stream.permutation(self.task.size(self.run, "train")))
         loaded = self.task.batches(self.run, "train", [part for step in steps for part in step], self.epoch)
         for number, step in enumerate(steps, start=1):
-            last = number == len(steps)
-            yield self.step(itertools.islice(loaded, len(step)), measure_angles=self.log_alignment and last)
+            yield self.step(itertools.islice(loaded, len(step)), last=number == len(steps))
         self.epoch += 1
 
     def shares(self, order: np.ndarray) -> list[list[np.ndarray]]:
@@ -145,13 +88,11 @@ class Training:
         whole = len(batches) // self.run.batches * self.run.batches
         return [self._mine(step) for step in batches[:whole].reshape(-1, self.run.batches, batches.shape[1])]
 
-    def step(
-        self, batches: Iterable[tuple[Tensor, Tensor]], measure_angles: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batches: Iterable[tuple[Tensor, Tensor]], last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """An update by the mean of the loss over all examples of this process' share of a step, and of the others'.
 
         Args:
-            measure_angles: before the update; of a step that is one batch in one process.
+            last: of an epoch; recorders see its gradients.
 
         Returns:
             Outputs, targets and mean loss of this process' examples.
@@ -162,23 +103,19 @@ class Training:
         for inputs, targets in batches:
             if not len(targets) and not self.split_batches:  # none of its images could be read
                 continue
-            with self._autocast():
+            with self.autocast():
                 outputs = self.rule(inputs)
-            outputs = _full(outputs)
-            loss = self.task.loss(outputs, targets)
+            loss = self.loss(outputs, targets)
             (loss if alone else loss * len(targets)).backward()
-            made.append((outputs.detach(), targets, loss.detach()))
+            made.append((_full(outputs).detach(), targets, loss.detach()))
         if not alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
-        if not made:
-            made = [(inputs.new_empty(0), targets, inputs.new_empty(()))]
-        if measure_angles and len(targets):
-            self._measure_angles(inputs, targets)
+        if last and self.recorders and len(targets):
+            with self.aside():
+                for recorder in self.recorders:
+                    recorder.gradients(self, inputs, targets)
         self.optimizer.step()
-        if len(made) == 1:
-            return made[0]
-        outputs, targets = (torch.cat([part[k] for part in made]) for k in range(2))
-        return outputs, targets, self.task.loss(outputs, targets)
+        return self._joined(made or [(inputs.new_empty(0), targets, inputs.new_empty(()))])
 
     def _average_gradients(self, examples: int) -> None:
         """Make means over the examples of all processes of gradients that are sums over those of this one."""
@@ -192,59 +129,52 @@ class Training:
         for gradient in gradients:
             gradient /= total.clamp(min=1)
 
-    def _measure_angles(self, inputs: Tensor, targets: Tensor) -> None:
-        """Of the gradients at hand, made from this batch."""
-        start = self.clock()
-        with self._autocast():
-            degrees = gradient_angles(self.rule, lambda outputs: self.task.loss(_full(outputs), targets), inputs)
-        feedback = feedback_angles(self.rule)
-        self.angles = [
-            {
-                "epoch": self.epoch + 1,
-                "layer": name.removesuffix(".weight"),
-                "degrees_to_backprop": angle,
-                "degrees_feedback_to_weight": feedback.get(name),
-            }
-            for name, angle in degrees.items()
-        ]
-        self.aside = self.clock() - start
+    def _joined(self, made: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, targets and mean loss of a step from those of its batches."""
+        if len(made) == 1:
+            return made[0]
+        outputs, targets = (torch.cat([part[k] for part in made]) for k in range(2))
+        return outputs, targets, self.task.loss(outputs, targets)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The task's, in at least single precision."""
+        return self.task.loss(_full(outputs), targets)
 
     @torch.no_grad()
     def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
         """Measures of the network as it stands, averaged over batches in this order."""
         self.rule.eval()
-        measured = Averages()
+        averages = Averages()
         for inputs, targets in self.task.batches(self.run, split, self._mine(self._batches(order)), self.epoch):
-            with self._autocast():
+            with self.autocast():
                 outputs = self.rule(inputs)
             if len(targets):
-                measured.add(self.task.measures(_full(outputs), targets), len(targets))
-        return measured.values(self.processes)
+                averages.add(self.task.measures(_full(outputs), targets), len(targets))
+        return averages.values(self.processes)
 
     def train_epoch(self) -> dict[str, float]:
         """Train for an epoch and evaluate.
 
         Returns:
-            A row of metrics.csv. `seconds` is the time of the training pass alone.
+            A row of metrics.csv. `seconds` is the time of the training pass alone, without that of recorders.
         """
         start = self.clock()
-        measured = Averages()
+        averages = Averages()
         total = self.task.size(self.run, "train") // (self.run.batch_size * self.run.batches)
         hidden = None if self.processes.first else True  # None: shown on a terminal
         for outputs, targets, _ in tqdm(
             self.steps(), f"epoch {self.epoch + 1}", total, leave=False, disable=hidden, position=2
         ):
             if len(targets):
-                measured.add(self.task.measures(outputs, targets), len(targets))
-        seconds = self.clock() - start - self.aside
-        metrics = {f"train_{name}": value for name, value in measured.values(self.processes).items()}
+                averages.add(self.task.measures(outputs, targets), len(targets))
+        seconds = self.clock() - start - self.aside_seconds
+        metrics = {f"train_{name}": value for name, value in averages.values(self.processes).items()}
         for evaluation in self.task.evaluations:
             stream = self.stream if evaluation.streamed else np.random.RandomState(self.run.seed)
             values = self.evaluate(evaluation.split, stream.permutation(self.task.size(self.run, evaluation.split)))
             metrics |= {f"{evaluation.split}_{name}": value for name, value in values.items()}
         columns = {name: metrics[name] for name in self.task.columns} | self.task.noticed(self.processes)
-        observed = self.task.observe(self.rule, self.epoch) if self.task.observe and self.processes.first else {}
-        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4), **observed}
+        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4)}
 
     def _batches(self, order: np.ndarray) -> np.ndarray:
         """Whole batches in this order, (batches, batch size); what is left over is dropped.
@@ -261,13 +191,21 @@ class Training:
             return [np.array_split(batch, count)[rank] for batch in batches]
         return list(batches[rank::count])
 
-    def _autocast(self):
+    def autocast(self):
+        """A context in which forward passes run, in the run's precision."""
         if self.run.precision == "bf16":
             return torch.autocast(self.task.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def aside(self):
+        """What happens within is no part of the epoch's seconds."""
+        start = self.clock()
+        yield
+        self.aside_seconds += self.clock() - start
+
     def clock(self) -> float:
-        """Seconds, when all that the device was told is done."""
+        """Seconds, when all that was queued on the device is done."""
         if self.task.device.type == "cuda":
             torch.cuda.synchronize(self.task.device)
         return time.perf_counter()
@@ -299,23 +237,19 @@ def _full(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
+# --------------------------------------------------------------------------------------------------------- a run's life
+
+
 def train(
-    task: Task,
-    folder: RunFolder,
-    epochs: int,
-    keep: Iterable[int] = (),
-    after_epoch: Callable[[], None] = lambda: None,
-    log_alignment: bool = False,
-    processes: Processes = ALONE,
+    task: Task, folder: RunFolder, epochs: int, recorders: Sequence[Recorder] = (), processes: Processes = ALONE
 ) -> None:
     """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
 
     Stops early at a loss that is not finite: the run's status is then "diverged".
 
     Args:
-        keep: the epochs, 0 among them perhaps, whose parameters are kept as parameters/epoch_<k>.pt.
-        log_alignment: keep the angles of every epoch that is trained here in angles.csv.
-        processes: those that train together. The first calls `train`, the others are in `follow`.
+        recorders: what is recorded beside the metrics, of every epoch that is trained here.
+        processes: those that train together. The first calls `train`, the others are in `train_as_worker`.
 
     Raises:
         UserError: the folder cannot be used (see RunFolder).
@@ -323,49 +257,55 @@ def train(
     """
     with folder.locked():
         folder.check(task.fingerprint)
-        training, thrift = Training(task, folder.run, processes), Thrift()
-        training.log_alignment = log_alignment
-        if (checkpoint := folder.load(task.device)) is not None:
-            try:
-                training.restore(checkpoint)
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise folder.damaged(folder.checkpoint_path, error) from error
-        folder.keep(training.epoch)
-        device = device_name(task.device) + (f", {processes.count} processes" if processes.count > 1 else "")
-        folder.begin_session(task.fingerprint, device, training.epoch)
-        if checkpoint is None:
-            # Before the checkpoint: a run killed between the two would not come back here.
-            if 0 in keep:
-                folder.save_parameters(0, training.parameters())
-            folder.save(training.state())
+        training = Training(task, folder.run, processes, recorders)
+        _start(training, folder)
         work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if processes.count > 1 else None
-        name, first = folder.run.name, training.epoch
-        with (
-            processes.working(work),
-            tqdm(None, name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar,
-        ):
-            while training.epoch < epochs:
-                row = training.train_epoch()
-                finite = math.isfinite(row["train_loss"])
-                folder.append(row)
-                if training.angles:
-                    folder.append_angles(training.angles)
-                if training.epoch in keep:
-                    folder.save_parameters(training.epoch, training.parameters())
-                if thrift.due() or training.epoch == epochs or not finite:
-                    with thrift.saving():
-                        folder.save(training.state())
-                bar.update()
-                after_epoch()
-                if not finite:
-                    break
+        with processes.working(work):
+            _train_epochs(training, folder, epochs)
+
+
+def _start(training: Training, folder: RunFolder) -> None:
+    """Go on from the run's checkpoint; without one, write the first."""
+    device, count = training.task.device, training.processes.count
+    if (checkpoint := folder.load(device)) is not None:
+        try:
+            training.restore(checkpoint)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise folder.damaged(folder.checkpoint_path, error) from error
+    folder.keep(training.epoch)
+    where = device_name(device) + (f", {count} processes" if count > 1 else "")
+    folder.begin_session(training.task.fingerprint, where, training.epoch)
+    if checkpoint is None:
+        # Before the checkpoint: a run killed between the two would not come back here.
+        for recorder in training.recorders:
+            recorder.start(training, folder)
+        folder.save(training.state())
+
+
+def _train_epochs(training: Training, folder: RunFolder, epochs: int) -> None:
+    thrift, first = Thrift(), training.epoch
+    with tqdm(None, folder.run.name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
+        while training.epoch < epochs:
+            row = training.train_epoch()
+            finite = math.isfinite(row["train_loss"])
+            for recorder in training.recorders:
+                row |= recorder.columns(training)
+            folder.append(row)
+            for recorder in training.recorders:
+                recorder.epoch(training, folder)
+            if thrift.due() or training.epoch == epochs or not finite:
+                with thrift.saving():
+                    folder.save(training.state())
+            bar.update()
+            if not finite:
+                break
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the first process tells the others to train with it: a run from a checkpoint's state up to an epoch.
+    """What the first process has the others train with it: a run from a checkpoint's state up to an epoch.
 
-    Before any, PREPARE tells them to read the data, while it does so itself.
+    Before any, PREPARE has them read the data, while it does so itself.
     """
 
     run: Run
@@ -377,7 +317,7 @@ class Work:
 PREPARE = "prepare"
 
 
-def follow(processes: Processes, make_task: Callable[[], Task]) -> None:
+def train_as_worker(processes: Processes, make_task: Callable[[], Task]) -> None:
     """Train with the first process what it trains, until it sends None.
 
     Raises:
@@ -407,14 +347,3 @@ def warm_up(task: Task, run: Run, steps: int = 10) -> None:
     """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
     for _ in itertools.islice(Training(task, run).steps(), steps):
         pass
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; or the processor's, and on how many threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")  # platform.processor() says less, where it says anything
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or "CPU"
-    return f"{model}, {torch.get_num_threads()} threads"

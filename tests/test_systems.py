@@ -1,0 +1,111 @@
+"""Surroundings that differ: notebooks, other operating systems and file systems, schedulers, plain terminals."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from running import ROOT, script
+
+from wide import UserError
+from wide.image_folders import _cores
+from wide.processes import join
+from wide.report import write_report
+from wide.runs import Run, RunFolder
+
+TINY = ["--widths", 8, "--rules", "backprop", "--epochs", 1]
+SCRIPTS = sorted(path for stem in ("setup", "train", "alignment") for path in ROOT.glob(f"{stem}_*.py"))
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "QtAgg", "no such backend"])
+def test_the_backend_of_a_notebook(tmp_path, backend):
+    """It is never loaded, and need not be installed."""
+    done = script("train_add.py", 1, *TINY, "--outputs", tmp_path, variables={"MPLBACKEND": backend})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "add" / "experiment_1.csv").exists()
+    assert (tmp_path / "add" / "experiment_1.md").read_text() in done.stdout
+    assert (tmp_path / "add" / "experiment_1.png").exists()
+    assert done.stderr == ""
+
+
+def test_figures_leave_pyplot_alone():
+    program = "import sys, wide.figures; print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
+def test_a_figure_that_fails_is_a_note(tmp_path, capsys):
+    def draw(file):
+        file.write(b"half of a figure")
+        raise RuntimeError("no fonts")
+
+    (tmp_path / "report.png").write_text("an earlier one")
+    text = write_report(tmp_path / "report", "a,b\n", "# Title\n", draw)
+    assert text.endswith("written to " + str(tmp_path / "report") + ".csv, .md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.md"]
+    note = capsys.readouterr().err
+    assert note.startswith("note: ")
+    assert "no fonts" in note
+
+
+def test_a_terminal_of_ascii(tmp_path):
+    arguments = [*TINY, "--seeds", 1, 2, "--outputs", tmp_path]
+    done = script("train_add.py", 1, *arguments, variables={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert " ? " in done.stdout
+    assert " ± " in (tmp_path / "add" / "experiment_1.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_systems_without_locks(tmp_path, monkeypatch, capsys, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for width in (4, 8):
+        with RunFolder(tmp_path, Run("add", "rnn", "fa", width, 0.001, 99, 50)).locked():
+            pass
+    assert capsys.readouterr().err.count("without locks") == 1
+
+
+def test_other_errors_of_locks_are_errors(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError), RunFolder(tmp_path, Run("add", "rnn", "fa", 4, 0.001, 99, 50)).locked():  # noqa: PT011
+        pass
+
+
+def test_systems_that_do_not_say_which_cores_are_free(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert _cores() >= 1
+
+
+@pytest.mark.parametrize("size", ["4", "0", "many"])
+def test_a_world_size_that_a_scheduler_left(monkeypatch, size):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is {size} here .* start with torchrun, or unset"):
+        join(None)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_show_interrupts_in_a_line_from_the_start(path):
+    """The hook is set before anything that imports torch, and only where the script is run."""
+    body = ast.parse(path.read_text()).body
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module.startswith("wide")]
+    guards = [node for node in body if isinstance(node, ast.If) and "install_excepthook()" in ast.unparse(node)]
+    assert [alias.name for alias in imports[0].names] == ["install_excepthook"]
+    assert len(guards) == 1
+    early = [node for node in body if isinstance(node, ast.Import) and node.lineno < guards[0].lineno]
+    assert {node.names[0].name for node in early} <= sys.stdlib_module_names
+
+
+def test_importing_the_package_sets_no_hook():
+    program = "import sys, wide, train_add; print(sys.excepthook is sys.__excepthook__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n", done.stderr

@@ -1,0 +1,80 @@
+"""What is asked for on a command line, as typed values. They are made once, in command_line.py, and handed on."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+PAPER_SEED = 99  # of everything that the released code draws
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """How data are read.
+
+    Args:
+        folder: where they are, or go.
+        variant: of made data, where there are several.
+        workers: processes that load images from files; None for one per core.
+    """
+
+    folder: Path
+    variant: str | None = None
+    workers: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step is made up, where several processes may train one run.
+
+    Args:
+        batches: per step, each normalised by itself; None for one per process.
+        synchronised: a step is one batch, whose parts lie in the processes.
+    """
+
+    batches: int | None = None
+    synchronised: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordOptions:
+    """What is recorded beside the metrics.
+
+    Args:
+        angles: between the rule's gradients and backprop's.
+        keep: epochs whose parameters are kept; None for the experiment's own.
+        score_epochs: epochs of alignment scores; None for every one.
+        shuffle_seed: of the control of alignment scores.
+    """
+
+    angles: bool = False
+    keep: tuple[int, ...] | None = None
+    score_epochs: tuple[int, ...] | None = None
+    shuffle_seed: int = PAPER_SEED
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line of a training or alignment script.
+
+    Args:
+        experiment: its number.
+        network: the kind: cnn, mlp or rnn.
+        data, step, record: see there.
+        device, precision: as given; "auto" among them.
+        outputs: where results go.
+        grid: values that replace the experiment's own, by the names of its axes and settings.
+        quick: a small grid, for a first look.
+        action: "train", "list" the runs, or "profile" the loading of images.
+    """
+
+    experiment: int
+    network: str
+    data: DataOptions
+    step: StepOptions = StepOptions()
+    record: RecordOptions = RecordOptions()
+    device: str = "auto"
+    precision: str = "auto"
+    outputs: Path = Path("outputs")
+    grid: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    quick: bool = False
+    action: str = "train"

@@ -1,0 +1,93 @@
+"""What is recorded of a run beside its metrics: angles between gradients, parameters.
+
+A run's training is given a list of recorders, and calls each of them when it starts, before the last update of every
+epoch, and after every epoch. Each keeps what it records in files of its own in the run's folder, or in columns of its
+own. The time that they take is no part of an epoch's seconds.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from align_rules import feedback_angles, gradient_angles
+from wide.runs import RunFolder, append_rows
+
+if TYPE_CHECKING:
+    from wide.training import Training
+
+
+class Recorder:
+    """Records nothing. Others override what they need.
+
+    Of several processes that train together the first has recorders, which see its share of the batches.
+    """
+
+    def start(self, training: "Training", folder: RunFolder) -> None:
+        """Before the first step of a run, once in its life."""
+
+    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+        """Before the last update of an epoch, whose gradients stand in .grad; they were made from this batch.
+
+        Where a step has several batches, this is its last one.
+        """
+
+    def columns(self, training: "Training") -> Mapping[str, float | None]:
+        """After an epoch, number `training.epoch`: columns to add to its row of metrics.csv, always the same ones."""
+        return {}
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        """After an epoch, number `training.epoch`, when its row stands in metrics.csv."""
+
+
+class Angles(Recorder):
+    """angles.csv: a row per epoch and layer, for the epoch's last batch before its update, in degrees.
+
+    degrees_to_backprop is the angle between the rule's gradient of the layer's weight and backprop's;
+    degrees_feedback_to_weight that between the weight that errors go back through and the current one. Empty where
+    undefined.
+
+    Attributes:
+        rows: of the epoch that was trained last.
+    """
+
+    file = "angles.csv"
+
+    def __init__(self):
+        self.rows: list[dict[str, float | str | None]] = []
+
+    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+        with training.autocast():
+            degrees = gradient_angles(training.rule, lambda outputs: training.loss(outputs, targets), inputs)
+        feedback = feedback_angles(training.rule)
+        self.rows = [
+            {
+                "epoch": training.epoch + 1,
+                "layer": name.removesuffix(".weight"),
+                "degrees_to_backprop": angle,
+                "degrees_feedback_to_weight": feedback.get(name),
+            }
+            for name, angle in degrees.items()
+        ]
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        if self.rows:
+            append_rows(folder.path / self.file, self.rows)
+            self.rows = []  # the next epoch may have none
+
+
+class KeptParameters(Recorder):
+    """parameters/epoch_<k>.pt: the parameters that learn, by name in the rule, after these epochs (0: the initial)."""
+
+    def __init__(self, epochs: Iterable[int]):
+        self.epochs = frozenset(epochs)
+
+    def start(self, training: "Training", folder: RunFolder) -> None:
+        self.keep(training, folder)
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        self.keep(training, folder)
+
+    def keep(self, training: "Training", folder: RunFolder) -> None:
+        if training.epoch in self.epochs:
+            folder.save_parameters(training.epoch, training.parameters())
