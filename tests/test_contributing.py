@@ -106,7 +106,7 @@ import torch
 
 RULES["half_prop"] = RuleSpec(
     align_rules.HalfProp, "Half-prop", "#00aa00", "*", "-",
-    arguments=lambda run: {"generator": torch.Generator().manual_seed(run.seed)},
+    arguments=lambda run, network: {"generator": torch.Generator().manual_seed(run.seed)},
     settings={"decay": 0.25},
 )
 """

@@ -54,7 +54,7 @@ class Noisy(align_rules.Backprop):
 def test_a_rule_with_settings_and_random_numbers_of_its_own(monkeypatch, tmp_path):
     spec = RuleSpec(
         Noisy, "Noisy", "red", "o", "-",
-        arguments=lambda run: {"generator": torch.Generator().manual_seed(run.seed)},
+        arguments=lambda run, network: {"generator": torch.Generator().manual_seed(run.seed)},
         settings={"decay": 0.5, "rule_variant": "loud"},
     )  # fmt: skip
     monkeypatch.setitem(rules.RULES, "noisy", spec)

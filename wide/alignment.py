@@ -33,6 +33,7 @@ class Pair(AlignZero):
         self.align = copy.deepcopy(network)
 
     def attached(self, *inputs, **keywords) -> Tensor:
+        self.prepare_initial()
         return couple(self.network(*inputs, **keywords), self.from_initial(self.align, *inputs, **keywords))
 
 

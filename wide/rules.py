@@ -1,21 +1,31 @@
 """What scripts need to know of a learning rule, a row for each. What the rules are stands in align_rules.py."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import align_rules
 from wide.alignment import Pair
-from wide.networks import draw
+from wide.networks import Parameterised, draw
 from wide.runs import Run
 
 # A recurrent network's learned initial state: an activity that learns, and no weight.
 STATE = ("initial_state",)
 
 
-def nothing_more(run: Run) -> dict[str, object]:
+# Of Kolen-Pollack, a step, as a share of a weight: lambda of Akrout et al. (2019), section 5.
+DECAY = 1e-4
+
+
+def nothing_more(run: Run, network: nn.Module) -> dict[str, object]:
     return {}
+
+
+def nothing_between(rule: align_rules.Rule, inputs: Tensor) -> None:
+    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +39,10 @@ class RuleSpec:
             rules apart without colour.
         feedback: what is drawn beside the weights from the published stream and becomes the argument `feedback`:
             "layers", a weight like each layer's, or "blocks", one from the outputs to each block (`networks.draw`).
-        arguments: the constructor's other arguments for a run, such as what differs between kinds of network. A rule
-            with random numbers of its own takes them from a generator that is seeded here with the run's seed.
+        arguments: the constructor's other arguments for a run and its network, such as what differs between kinds of
+            network. A rule with random numbers of its own takes them from a generator that is seeded here with the
+            run's seed.
+        between_steps: what the rule does after every update, given a batch's shape in zeros (batch size of the run).
         settings: fields of `Run` that the rule sets, such as the decay of weights: they are part of a run's identity.
         unsuited: kinds of network for which it is not defined, with the reason.
     """
@@ -41,7 +53,8 @@ class RuleSpec:
     marker: str
     linestyle: str
     feedback: str | None = None
-    arguments: Callable[[Run], Mapping[str, object]] = nothing_more
+    arguments: Callable[[Run, nn.Module], Mapping[str, object]] = nothing_more
+    between_steps: Callable[[align_rules.Rule, Tensor], None] = nothing_between
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -51,17 +64,33 @@ class RuleSpec:
         return {"color": self.color, "marker": self.marker, "linestyle": self.linestyle}
 
 
-def recurrent(**arguments) -> Callable[[Run], Mapping[str, object]]:
+def recurrent(**arguments) -> Callable[[Run, nn.Module], Mapping[str, object]]:
     """These arguments on recurrent networks, none on others."""
-    return lambda run: arguments if run.network == "rnn" else {}
+    return lambda run, network: arguments if run.network == "rnn" else {}
 
 
-def align_ada_arguments(run: Run) -> dict[str, object]:
+def align_ada_arguments(run: Run, network: nn.Module) -> dict[str, object]:
     if run.network != "rnn":
         return {}
     # The published copy's readout reads its own state alone: its input is not coupled.
     uncoupled = ("readout",) if run.variant == "published" else ()
     return {"coupling": "activity", "live": STATE, "uncoupled": uncoupled}
+
+
+def sign_symmetry_arguments(run: Run, network: nn.Module) -> dict[str, object]:
+    """uSF's constant for the weights as they are used: NTK parameterisation scales M by 1/sqrt(fan_in), as it does W."""
+    magnitudes = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, Parameterised):
+            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+            used = math.sqrt(2 / (fan_in + fan_out))
+            scale = math.sqrt(fan_in) if layer.parameterisation == "ntk" else 1.0
+            magnitudes[f"{name}.weight"] = torch.full_like(layer.weight.detach(), used * scale)
+    return {"magnitudes": magnitudes, **recurrent(added=STATE)(run, network)}
+
+
+def weight_mirror_arguments(run: Run, network: nn.Module) -> dict[str, object]:
+    return {"generator": torch.Generator().manual_seed(run.seed), **recurrent(added=STATE)(run, network)}
 
 
 RULES = {
@@ -77,7 +106,19 @@ RULES = {
         unsuited={"rnn": "direct feedback is not defined for the recurrent network; choose other rules"},
     ),
     "last_layer": RuleSpec(
-        align_rules.LastLayer, "Last layer", "#8a8a8a", "X", "-.", arguments=recurrent(learns=("readout", *STATE))
+        align_rules.LastLayer, "Last layer", "#8a8a8a", "X", "-.", arguments=recurrent(learns=("readout", *STATE)),
+    ),
+    "sign_symmetry": RuleSpec(
+        align_rules.SignSymmetry, "Sign-symmetry", "#2e7d32", "<", "-.", arguments=sign_symmetry_arguments,
+        settings={"rule_variant": "uSF"},
+    ),
+    "kolen_pollack": RuleSpec(
+        align_rules.KolenPollack, "Kolen-Pollack", "#a3195b", ">", "-", feedback="layers",
+        arguments=recurrent(added=STATE), settings={"decay": DECAY},
+    ),
+    "weight_mirror": RuleSpec(
+        align_rules.WeightMirror, "Weight mirror", "#5d4037", "*", ":", feedback="layers",
+        arguments=weight_mirror_arguments, between_steps=align_rules.WeightMirror.mirror,
     ),
     "pair": RuleSpec(Pair, "Backprop, beside it Align", "#111111", "o", "-", arguments=recurrent(live=STATE)),
 }  # fmt: skip
@@ -96,4 +137,4 @@ def make_rule(
     kind = "pooled" if spec.feedback == "blocks" and pooled else spec.feedback
     drawn = draw(network, run.seed, kind, image_shape)
     feedback = {"feedback": drawn} if drawn else {}
-    return spec.rule(network, **feedback, **spec.arguments(run))
+    return spec.rule(network, **feedback, **spec.arguments(run, network))

@@ -20,6 +20,7 @@ from wide.networks import synchronise_normalisation
 from wide.optimizers import OPTIMIZERS
 from wide.processes import ALONE, Processes
 from wide.recorders import Recorder
+from wide.rules import RULES
 from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
 from wide.tasks import Task
 
@@ -115,6 +116,7 @@ class Training:
                 for recorder in self.recorders:
                     recorder.gradients(self, inputs, targets)
         self.optimizer.step()
+        RULES[self.run.rule].between_steps(self.rule, inputs.new_zeros(self.run.batch_size, *inputs.shape[1:]))
         return self._joined(made or [(inputs.new_empty(0), targets, inputs.new_empty(()))])
 
     def _average_gradients(self, examples: int) -> None:
