@@ -3,9 +3,10 @@
     python benchmarks/other_networks.py
 
 The first table has a row per network and a column per rule. "yes": the output was the network's own to the last bit;
-the parameters that backprop moves moved (with last_layer: the readout's alone); running statistics were updated once,
-from the current network; and nothing that the rule keeps changed. The second gives the processor time of a step on
-ResNet-18 as a multiple of backprop's in the same round, each round one step of every rule: median, lowest and highest.
+the parameters that backprop moves moved (with last_layer: the readout's alone), and with kolen_pollack the feedback
+weights beside them; running statistics were updated once, from the current network; and nothing else that the rule
+keeps changed. The second gives the processor time of a step on ResNet-18 as a multiple of backprop's in the same round,
+each round one step of every rule: median, lowest and highest.
 """
 
 import argparse
@@ -137,14 +138,21 @@ def problems(name: str, case: Case, seed: int = 0) -> list[str]:
     # Backprop's gradient for a bias in front of a normalisation is rounding; whether that moves it means nothing.
     certain = {key for key, norm in gradients.items() if norm > 1e-6 * max(gradients.values())}
     learning = set(rule.learns) if name == "last_layer" else set(gradients)
+    # Kolen-Pollack's feedback weights learn as the layers' weights do.
+    learned = dict(zip(_learned_feedback(rule), align_rules.layer_weights(network), strict=False))
     statistics = dict(reference.named_buffers())
     found = {
         "another output": not torch.equal(own, output),
         "did not move": {f"network.{key}" for key in certain & learning} - moved,
-        "moved": moved - {f"network.{key}" for key in learning},
+        "feedback that did not move": {B for B, key in learned.items() if key in certain} - moved,
+        "moved": moved - {f"network.{key}" for key in learning} - learned.keys(),
         "other running statistics": {k for k, b in network.named_buffers() if not torch.equal(b, statistics[k])},
     }
     return [f"{problem}: {what}" for problem, what in found.items() if what]
+
+
+def _learned_feedback(rule: align_rules.Rule) -> list[str]:
+    return [key for key, p in rule.named_parameters() if p.requires_grad and not key.startswith("network.")]
 
 
 def _drawing_the_same(seed: int, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

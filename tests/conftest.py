@@ -6,10 +6,17 @@ They run tiny networks, which more threads only slow down, in this process and i
 import os
 
 import pytest
+import torch
 from small_data import made_up, write_kmnist
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.fixture
+def seeded():
+    """torch's random numbers start anew, whatever ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
