@@ -1,5 +1,8 @@
 """What the tests of the learning rules share: networks, rules on them, their gradients, and how these are compared."""
 
+import random
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +114,25 @@ class Holding(nn.Module):
         return self.last(torch.relu(self.use(torch.relu(self.first(inputs)), self.own)))
 
 
+class LeavesTraces(nn.Module):
+    """What a pass would leave a trace of: statistics, states, random numbers of four kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm, self.dropout = nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.register_buffer("seen", torch.zeros(6))
+        self.calls, self.last, self.generator = 0, None, torch.Generator().manual_seed(1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        activity = self.dropout(torch.tanh(self.norm(self.one(inputs))))
+        self.seen = self.seen + activity.detach().mean(0)
+        self.last = activity.detach()
+        noise = torch.rand(6, generator=self.generator) + random.random() + float(numpy.random.rand())
+        return self.two(activity + noise)
+
+
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_rule = pytest.mark.parametrize("name", align_rules.RULES)
 each_layerwise = pytest.mark.parametrize("name", LAYERWISE)
@@ -121,6 +143,19 @@ def make(name: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[alig
     build, shape = KINDS[kind]
     options = RECURRENT_OPTIONS.get(name, {}) if kind == "recurrent" else {}
     return align_rules.RULES[name](build().to(dtype), **options), torch.randn(shape, dtype=dtype)
+
+
+def traces(rule: align_rules.Rule) -> dict[str, Tensor]:
+    """All that a call of a rule on `LeavesTraces` can leave behind, by name."""
+    network = rule.network
+    found = {key: value.clone() for key, value in rule.state_dict().items()}
+    found |= {f"{key}.grad": p.grad.clone() for key, p in network.named_parameters() if p.grad is not None}
+    found |= {"last": network.last.clone(), "calls": torch.tensor(network.calls)}
+    found |= {"own": network.generator.get_state(), "torch": torch.get_rng_state()}
+    found["python"] = torch.tensor(random.getstate()[1])
+    found["numpy"] = torch.from_numpy(numpy.random.get_state()[1].astype("int64"))
+    found["training"] = torch.tensor([module.training for module in rule.modules()])
+    return found
 
 
 def through_the_weights(name: str, network: nn.Module) -> dict[str, dict[str, Tensor]]:

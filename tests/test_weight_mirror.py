@@ -1,14 +1,12 @@
 """WeightMirror: a mirror step by hand, what it brings B to, and what it leaves alone."""
 
 import io
-import random
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import Momentum, assert_same, each_perceptron, flipped, perceptron
-from rules_helpers import IMAGES, assert_close, gradients, loss, mlp, residual
+from rules_helpers import IMAGES, LeavesTraces, assert_close, gradients, loss, mlp, residual, traces
 from torch import Tensor, nn
 
 import align_rules
@@ -111,43 +109,15 @@ def test_forgetting_lets_feedback_follow_weights_that_move():
     assert all(degrees < 12 for degrees in align_rules.feedback_angles(rule).values())
 
 
-class Everything(nn.Module):
-    """What a pass would leave a trace of: statistics, states, random numbers of four kinds."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 3)
-        self.norm, self.dropout = nn.BatchNorm1d(6), nn.Dropout(0.5)
-        self.register_buffer("seen", torch.zeros(6))
-        self.calls, self.last, self.generator = 0, None, torch.Generator().manual_seed(1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.calls += 1
-        activity = self.dropout(torch.tanh(self.norm(self.one(inputs))))
-        self.seen = self.seen + activity.detach().mean(0)
-        self.last = activity.detach()
-        noise = torch.rand(6, generator=self.generator) + random.random() + float(numpy.random.rand())
-        return self.two(activity + noise)
-
-
 def test_a_mirror_step_changes_the_feedback_alone():
-    network, inputs = Everything(), torch.randn(5, 6)
+    network, inputs = LeavesTraces(), torch.randn(5, 6)
     rule = WeightMirror(network)
     gradients(rule, network, inputs)
 
-    def everything():
-        state = {key: value.clone() for key, value in rule.state_dict().items()}
-        state |= {f"{key}.grad": parameter.grad.clone() for key, parameter in network.named_parameters()}
-        state |= {"last": network.last.clone(), "calls": torch.tensor(network.calls)}
-        state |= {"own": network.generator.get_state(), "torch": torch.get_rng_state()}
-        state["python"] = torch.tensor(random.getstate()[1])
-        state["numpy"] = torch.from_numpy(numpy.random.get_state()[1].astype("int64"))
-        return state
-
-    before = everything()
+    before = traces(rule)
     for _ in range(2):
         rule.mirror(inputs)
-    after = everything()
+    after = traces(rule)
     changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
     assert changed == {"feedback.0", "feedback.1", "mirrored"}
     assert all(parameter.requires_grad for parameter in network.parameters())
