@@ -2078,7 +2078,9 @@ def _with_graph(tensor: Tensor) -> Tensor:
 def _edge(tensor: Tensor) -> GradientEdge:
     """Where a tensor's gradient enters the graph behind it, whatever becomes of the tensor."""
     node = tensor.grad_fn
-    return torch.autograd.graph.get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+    if node is None or isinstance(node, torch._C._FunctionBase):  # which do not keep the graph alive by themselves
+        return torch.autograd.graph.get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr)
 
 
 def _gradients(roots: tuple[GradientEdge, ...], grads: tuple[Tensor, ...], leaves) -> tuple[Tensor | None, ...]:
