@@ -78,9 +78,11 @@ hooks of the network run in the initial network of AlignAda and AlignZero too.
 """
 
 import collections
+import collections.abc
 import contextlib
 import copy
 import dataclasses
+import enum
 import functools
 import inspect
 import itertools
@@ -88,6 +90,7 @@ import math
 import random
 import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -196,7 +199,10 @@ class Rule(nn.Module):
             return self.network(*inputs, **keywords)
         if torch.compiler.is_compiling():
             return _compiled(self, inputs, keywords)
-        return self.attached(*inputs, **keywords)
+        with _lock(self.network):
+            # Tensors of other libraries' own kinds see every function that they are given, and so must the rule.
+            self.known.everything |= any(type(t) not in PLAIN for t in _tensors_in((inputs, keywords)))
+            return self.attached(*inputs, **keywords)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)  # of a deep copy, or from a pickle
@@ -232,8 +238,9 @@ class Backprop(Rule):
 class LastLayer(Rule):
     """Only the readout learns, by e a^T; no graph is kept below it.
 
-    The output is the network's own to the last bit but for products of activities with each other (attention), which
-    torch may compute in another order where they have no gradient.
+    Below the readout activities have no gradient (`requires_grad` is False), if the network asks. The output is the
+    network's own to the last bit but for products of activities with each other (attention), which torch may compute in
+    another order where they have none. A weight that the readout shares (a tied embedding) learns wherever it is used.
 
     Args:
         learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
@@ -258,8 +265,8 @@ class LastLayer(Rule):
 
     def attached(self, *inputs, **keywords) -> Tensor:
         frozen = [p for name, p in self.network.named_parameters() if name not in self.learns]
-        with _WithoutGraph(self.network, frozen):
-            return self.network(*inputs, **keywords)
+        with _WithoutGraph(self.network, frozen, watched=not self.known.everything):
+            return _unwatched(self.network(*inputs, **keywords))
 
 
 class FeedbackAlignment(Rule):
@@ -304,8 +311,7 @@ class FeedbackAlignment(Rule):
     def attached(self, *inputs, **keywords) -> Tensor:
         with _Pass(self, self.network, layer=self.layer, stand_ins=self.stand_ins()) as calls:
             output = self.network(*inputs, **keywords)
-        calls.examine(output)
-        return output
+        return calls.examined(output)
 
     def layer(self, call: "Call") -> Tensor:
         return transport(call.output(call.input.detach()), call.input, call.transpose(call.stand_in))
@@ -510,8 +516,10 @@ class WeightMirror(FeedbackAlignment):
         sums = {name: [torch.zeros_like(weight) for _ in range(2)] for name, weight in weights.items()}
 
         def layer(call: Call) -> Tensor:
-            for total, part in zip(sums[call.name], _noise_products(call, ones[call.name], stream), strict=True):
-                total += part
+            for kind, parts in enumerate(_noise_products(call, list(ones.values()), stream)):
+                for total, part in zip(sums.values(), parts, strict=True):
+                    if part is not None:
+                        total[kind] += part
             return call.output(call.input)
 
         with torch.enable_grad(), _undisturbed(self.network), _Pass(self, self.network, layer, stand_ins=ones):
@@ -519,8 +527,9 @@ class WeightMirror(FeedbackAlignment):
         return [products / positions if positions.any() else None for products, positions in sums.values()]
 
 
-def _noise_products(call: "Call", ones: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-    """y x^T for noise x and y = W x at this call, and what its mean is W's multiple of; both like the parameter."""
+def _noise_products(call: "Call", ones: list[Tensor], stream: torch.Generator):
+    """y x^T for noise x and y = W x at this call, and what its mean is W's multiple of; both for every parameter that
+    the layer's weight is made of, and None for the others."""
     used, weight = call.stand_in, call.weight.detach()  # made from `ones` as the weight is from the parameter
     x = _normal_like(call.input, 1, stream)
     y = call.linear(x, weight)
@@ -528,9 +537,10 @@ def _noise_products(call: "Call", ones: Tensor, stream: torch.Generator) -> tupl
     (products,) = torch.autograd.grad(call.linear(x, taps), taps, y)
     (positions,) = torch.autograd.grad(call.linear(torch.ones_like(x), taps), taps, torch.ones_like(y))
     # The first has the mean positions * W as used; both then go through what the network does to a weight.
-    return tuple(
-        torch.autograd.grad(used, ones, part, retain_graph=True)[0] for part in (products, positions * taps.detach())
-    )
+    return [
+        torch.autograd.grad(used, ones, part, retain_graph=True, allow_unused=True)
+        for part in (products, positions * taps.detach())
+    ]
 
 
 class DirectFeedbackAlignment(Rule):
@@ -575,12 +585,12 @@ class DirectFeedbackAlignment(Rule):
             self.register_buffer("seed", _seed(generator))
 
     def attached(self, *inputs, **keywords) -> Tensor:
-        inputs, keywords = _map_tensors(Tensor.detach, (inputs, keywords))  # data: e does not go back to them
+        inputs, keywords = _without_gradient((inputs, keywords))  # data: e does not go back to them
         ends: list[_End] = []
         layer, activation = (functools.partial(handler, ends) for handler in (self.layer, self.activation))
         with (blocks := _Private(self, self.network, layer, activation)):
             output = _one_tensor(self.network(*inputs, **keywords))
-        blocks.examine(output)
+        output = blocks.examined(output)
         if not output.dim():
             raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
         if not output.requires_grad:
@@ -593,10 +603,10 @@ class DirectFeedbackAlignment(Rule):
         self._check(output, ends)
         feedback = list(self.feedback)
 
-        def errors(e: Tensor) -> list[Tensor]:
-            return [_project(_by_example(e), B, end) for B, end in zip(feedback, ends, strict=True)]
+        def errors(e: Tensor) -> list[tuple[GradientEdge, Tensor]]:
+            return [(end.edge, _project(_by_example(e), B, end)) for B, end in zip(feedback, ends, strict=True)]
 
-        return blocks.connected(output, [end.edge for end in ends], errors)
+        return blocks.connected(output, errors)
 
     def activation(self, ends: list["_End"], call: "ActivationCall") -> Tensor:
         if not call.behind_layer:  # of data, or of a parameter: part of the block that uses it
@@ -686,6 +696,9 @@ class _FromInitial(Rule):
         _require_parameters(network, self.live)
         self.initial = copied(network).requires_grad_(False)
         self.initial.zero_grad()
+        for module in self.initial.modules():  # what looks at errors, or changes them, does so in the current network
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
 
     def prepare_initial(self) -> None:
         """Let the initial network start where the current one does: in each module's mode, and with its state.
@@ -725,9 +738,9 @@ class AlignZero(_FromInitial):
 
     def attached(self, *inputs, **keywords) -> Tensor:
         self.prepare_initial()
-        again = _Randomness(self.network)
+        again = _Again(self, inputs, keywords)
         output = _value(self.network, inputs, keywords)
-        with again:
+        with again as (inputs, keywords):
             return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
 
     def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
@@ -741,8 +754,8 @@ class AlignZero(_FromInitial):
             if parameter.requires_grad
         }
         foreign = [p for name, p in target.named_parameters() if name not in self.live]
-        with _Routed(self.initial, routed, foreign, everything=not self.known.sequences):
-            output = self.initial(*inputs, **keywords)
+        with _Routed(self.initial, routed, foreign, self.known):
+            output = _unwatched(self.initial(*inputs, **keywords))
         self.known.sequences.add(0)
         return output
 
@@ -787,30 +800,23 @@ class AlignAda(_FromInitial):
 
     def attached(self, *inputs, **keywords) -> Tensor:
         self.prepare_initial()
-        again = _Randomness(self.network)
+        again = _Again(self, inputs, keywords, detach=True)
         current = _Private(self, self.network, layer=_cut, origins=self.coupling == "preactivation")
         inputs, keywords = current.receiving((inputs, keywords))
         with current:
             output = _one_tensor(self.network(*inputs, **keywords))
-        current.examine(output)
-        places = self._places(current.calls)
-        inputs, keywords = _map_tensors(Tensor.detach, (inputs, keywords))
-        with again, (initial := _Replay(self, current, places)):
+        output = current.examined(output)
+        with again as (inputs, keywords), (initial := _Replay(self, current, self._coupled(current.calls))):
             initial_output = self.initial(*inputs, **keywords)
-        initial.finish()
-        return current.connected(output, *initial.errors(initial_output))
+        initial.ended(initial_output)
+        return current.connected(output, initial.errors)
 
-    def _places(self, calls: list["Call"]) -> list["Place | None"]:
-        """Where the error that the initial network has in front of each call of a layer enters the current one."""
-        readout = calls[-1].name if calls else None
-        return [
-            None
-            if call.name in self.uncoupled or not call.input.requires_grad
-            else Place(_edge(call.input))
-            if call.origin is None or call.name == readout
-            else Place(call.origin.edge, call.origin.steps)
-            for call in calls
-        ]
+    def _coupled(self, calls: list["Call"]) -> list[bool]:
+        """For each call of a layer: whether an error enters in front of it; and if so, where it does (`call.origin`)."""
+        for call in calls:
+            if call.name == calls[-1].name:  # the readout: at its input
+                call.origin = None
+        return [call.name not in self.uncoupled and call.input.requires_grad for call in calls]
 
 
 def _cut(call: "Call") -> Tensor:
@@ -1057,7 +1063,8 @@ class _Inventory:
             yield
         finally:
             for holder, key, tensor in swapped:
-                holder[key] = tensor
+                if holder[key] is twins[id(tensor)]:  # and not what the network has put there
+                    holder[key] = tensor
 
 
 LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
@@ -1065,7 +1072,7 @@ LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 ACTIVATIONS = {
     F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
     F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold, torch.selu, torch.celu,
-    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh,
+    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh, torch.threshold,
 }  # fmt: skip
 
 # The same functions where they change their argument. (The others do where they take `inplace`.)
@@ -1074,6 +1081,20 @@ IN_PLACE = {
     torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
     F.selu_: F.selu, F.hardtanh_: F.hardtanh, F.threshold_: F.threshold,
 }  # fmt: skip
+
+
+# The same functions as operators of torch.ops.aten.
+CANONICAL = {
+    operator: function
+    for function in (
+        torch.relu, torch.tanh, torch.sigmoid, torch.selu, torch.celu, F.gelu, F.silu, F.mish, F.softplus, F.elu,
+        F.leaky_relu, F.hardtanh, F.linear, F.conv1d, F.conv2d, F.conv3d, torch.relu_, torch.tanh_, torch.sigmoid_,
+    )
+    for packet in (getattr(torch.ops.aten, function.__name__),)
+    for operator in (packet, packet.default)
+}  # fmt: skip
+
+SET_DATA = Tensor.data.__set__
 
 
 class Call:
@@ -1095,6 +1116,7 @@ class Call:
         "origin",
         "rest",
         "stand_in",
+        "state",
         "weight",
     )
 
@@ -1105,7 +1127,7 @@ class Call:
         self.function, self.keywords = function, keywords
         self.input, self.weight, self.rest = arguments[0], arguments[1], arguments[2:]
         self.name, self.layer, self.learns, self.stand_in = source
-        self.origin = self.node = None
+        self.origin = self.node = self.state = None
 
     def output(self, layer_input: Tensor) -> Tensor:
         """What the network would have called, with this input."""
@@ -1123,10 +1145,19 @@ class Call:
         return {name: value for name, value in given.items() if name != "bias"}
 
     def transpose(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """What sends an error at the layer's output to its input, through this weight."""
+        """What sends an error at the layer's output to its input, through this weight, when the pass is over."""
         if self.function is F.linear:
-            return lambda error: error @ (weight if weight.dtype == error.dtype else weight.to(error.dtype))
-        return _transposed_convolution(self.function, self.settings(), weight, self.input.shape)
+            transposed = lambda error: error @ (weight if weight.dtype == error.dtype else weight.to(error.dtype))  # noqa: E731
+        else:
+            transposed = _transposed_convolution(self.function, self.settings(), weight, self.input.shape)
+        state = self.state
+
+        def sent(error: Tensor) -> Tensor:
+            if state.open:
+                raise RuntimeError(INSIDE)
+            return transposed(error)
+
+        return sent
 
 
 def _transposed_convolution(function: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
@@ -1175,7 +1206,11 @@ class ActivationCall:
     def returned(self, result: Tensor) -> Tensor:
         """This result, without a graph; in the network's own tensor, if its call changes that in place."""
         own = self._arguments[0]
-        return result if self.argument is own else own.detach_().copy_(result)
+        if self.argument is own:
+            return result
+        if own._base is not None:
+            raise TypeError(IN_PLACE_VIEW)
+        return own.detach_().copy_(result)
 
 
 def _out_of_place(function: Callable, arguments: tuple, keywords: Mapping) -> tuple[Callable[[Tensor], Tensor], bool]:
@@ -1215,14 +1250,14 @@ def _in_place(function: Callable, arguments: tuple = (), keywords: Mapping = {})
 
 
 class _Known:
-    """What earlier passes have found out: which sequences of calls were examined, and replayed by the initial network,
-    and which functions, by their place in the sequence, rearrange an activity."""
+    """What earlier calls have found out: which sequences of calls were examined, which calls rearrange an activity, and
+    whether passes must see everything, or the network changes its inputs."""
 
     def __init__(self):
         self.sequences: set[int] = set()
-        self.replayed: set[int] = set()
-        self.everything = False  # whether passes must see every call
-        self.rearranging: dict[int, tuple[Callable, bool]] = {}
+        self.rearranging: dict[tuple, bool] = {}
+        self.everything = False
+        self.changes_inputs: bool | None = None  # None: not called yet
 
     def __reduce__(self):
         return _Known, ()  # a copy finds out anew
@@ -1231,17 +1266,19 @@ class _Known:
 class _Watch(TorchFunctionMode):
     """Tells a pass every call of torch's functions."""
 
-    def __init__(self, calls: "_Pass"):
+    def __init__(self, calls):
         super().__init__()
         self.calls = calls
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if self.calls.everything:  # and nothing is a _Watched tensor, but some may be of other libraries' kinds
+            return self.calls.called(function, arguments, keywords or {})
         with torch._C.DisableTorchFunctionSubclass():
             return self.calls.called(function, arguments, keywords or {})
 
 
 class _Watched(Tensor):
-    """A parameter in a pass, or what is made of it: tells the pass the calls that are given it."""
+    """A parameter in a pass, or what is made of it: tells the pass, while it lasts, the calls that are given it."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), keywords=None):
@@ -1250,14 +1287,33 @@ class _Watched(Tensor):
                 break
         else:
             tensor = next(t for t in _tensors_in((arguments, keywords or {})) if type(t) is _Watched)
+        calls = tensor._calls()
         with torch._C.DisableTorchFunctionSubclass():
-            return tensor._calls().called(function, arguments, keywords or {})
+            if calls is not None and calls.state.open and _name(function) not in SHOWING:
+                return calls.called(function, arguments, keywords or {})
+            return function(*_unwatched(arguments), **_unwatched(keywords or {}))
+
+
+# By name, functions that look at a tensor's kind.
+SHOWING = {"__format__", "__repr__", "__deepcopy__", "__reduce_ex__", "numpy", "tolist"}
+PLAIN = (Tensor, nn.Parameter)
 
 
 def _watched(tensor: Tensor, calls) -> Tensor:
     twin = tensor.as_subclass(_Watched)
     twin._calls = weakref.ref(calls)  # a strong one would be a circle that keeps the graph
     return twin
+
+
+def _unwatched(values):
+    with torch._C.DisableTorchFunctionSubclass():
+        return _map_arguments(lambda t: t.as_subclass(Tensor) if type(t) is _Watched else t, values)
+
+
+class _State:
+    """Whether a pass is under way. (Of the pass itself no graph may know: it would keep what it has seen.)"""
+
+    open = False
 
 
 class _Pass:
@@ -1282,19 +1338,22 @@ class _Pass:
     def __init__(
         self, rule: Rule, network: nn.Module, layer, activation=None, *, stand_ins=None, twins=None, everything=False
     ):
-        self.rule, self.network, self.own = rule, network, _Inventory(network)
-        self.layer, self.activation = layer, activation
-        self.hooks, self.start = _saved_tensor_hooks(), _sequence_number()
+        self.rule, self.own, self.layer, self.activation = rule, _Inventory(network), layer, activation
+        self.hooks, self.start, self.state = _saved_tensor_hooks(), _sequence_number(), _State()
         everything = everything or activation is not None or rule.known.everything
-        everything = everything or not _watchable(self.own.parameters.values())
-        self.all, twins = everything or not rule.known.sequences, twins or {}
-        if not everything:
+        self.everything = everything or not _watchable(self.own.parameters.values())
+        self.all, twins = self.everything or not rule.known.sequences, dict(twins or {})
+        if self.all and not _tracing():
+            # In a call that is examined the graph shows frozen layers too, where they are used unseen.
+            frozen = [w for w in self.own.layers.values() if not w.requires_grad and id(w) not in twins]
+            twins |= {id(w): _named_like(w, _with_graph(w)) for w in frozen if w.is_floating_point()}
+        if not self.everything:
             own = self.own.parameters.values()
             twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in own}
-        self.held = {} if everything else twins
-        self.sources = _Sources(self.own, stand_ins or {}, twins, None if everything else self)
+        self.held = {} if self.everything else twins
+        self.sources = _Sources(self.own, stand_ins or {}, twins)
         self.functions: list[Callable] = []
-        self.with_own: list[Callable] = []  # those of them that were given parameters
+        self.with_own: list[tuple[Callable, str | None]] = []  # those that were given a layer's weight, and its name
         self.followed = set()  # nodes of the graph behind which lies nothing unseen: layers, rows that are looked up
         self.refusal: str | None = None
 
@@ -1303,18 +1362,24 @@ class _Pass:
         self.context.enter_context(self.own.holding(self.held))
         if self.all:
             self.context.enter_context(_Watch(self))
+        self.state.open = True
         return self
 
     def __exit__(self, kind, error, traceback):
+        self.state.open = False
         self.context.close()
+        del self.context  # it knows the pass
         if self.refusal is not None and str(error) != self.refusal:
             # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
             raise TypeError(self.refusal) from error
 
     def called(self, function, arguments, keywords):
         """A call of one of torch's functions by the network."""
+        if function == SET_DATA:
+            return self.data_set(*arguments)
         if not torch.is_grad_enabled():
             return self.aside(function, arguments, keywords)
+        function = CANONICAL.get(function, function)
         if function in LINEAR_MAPS and (source := self.of_layer(arguments, keywords)) is not None:
             result = self.layer_called(function, arguments, keywords, source)
         elif self.activation is not None and (function in ACTIVATIONS or function in IN_PLACE):
@@ -1330,16 +1395,24 @@ class _Pass:
     def count(self, function) -> None:
         self.functions.append(function)
 
+    def data_set(self, tensor: Tensor, value: Tensor) -> None:
+        """`parameter.data = value`, for the parameter as for its twin."""
+        for _, _, own in self.own.places:
+            if self.sources.twins.get(id(own)) is tensor:
+                own.data = value
+        tensor.data = value
+
     def of_layer(self, arguments, keywords) -> "_Source | None":
         """Of the weight of a linear map; None if it is no layer's."""
         source = self.sources.of_weight(arguments[1] if len(arguments) > 1 else keywords["weight"])
         return source if source.layer else None
 
     def layer_called(self, function, arguments, keywords, source: "_Source") -> Tensor:
-        self.with_own.append(function)
+        self.with_own.append((function, source.name))
         if self.all:
             arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
         call = Call(function, arguments, keywords, source)
+        call.state = self.state
         hooks = _saved_tensor_hooks()
         if hooks is not None and hooks != self.hooks and not _only_stores(hooks):
             raise TypeError(CHECKPOINTED)
@@ -1388,21 +1461,37 @@ class _Pass:
         )
         raise TypeError(self.refusal)
 
-    def examine(self, output) -> None:
-        """Once for every sequence of calls: raise TypeError for weights that reach the output past what was followed.
+    def examined(self, output):
+        """The output, as plain tensors. Once for every sequence of calls, with the same parameters frozen:
 
-        The graph behind the output, and behind the places where the pass has cut it, knows which ones do.
+        Raises:
+            TypeError: weights reach the output past what was followed. The graph behind the output, and behind the
+                places where the pass has cut it, knows which ones do.
         """
-        self.rule.known.everything |= self.sources.strays
-        sequence = hash(tuple(self.with_own if self.held else self.functions))
-        if sequence in self.rule.known.sequences:
-            return
-        roots = [tensor.grad_fn for tensor in _tensors_in((output,))] + [edge.node for edge in self.cuts()]
-        names = {id(p): name for name, p in self.own.parameters.items() if p.requires_grad}
-        names |= {id(p): name for name, p in self.sources.layers.items() if p.requires_grad}
-        for node, through in _ends_of_graph(roots, self.followed, self.start):
-            self.require_followed(names.get(id(getattr(node, "variable", None))), node, through)
-        self.rule.known.sequences.add(sequence)
+        known = self.rule.known
+        known.everything |= self.sources.strays
+        frozen = tuple(p.requires_grad for p in self.own.parameters.values())
+        sequence = hash((tuple(self.functions if self.everything else self.with_own), frozen))
+        if sequence not in known.sequences:
+            made = {id(tensor) for tensor, _ in self.sources.known.values()}  # of parameters alone: its own way out
+            roots = [t.grad_fn for t in _tensors_in((output,)) if id(t) not in made]
+            roots += [edge.node for edge in self.cuts()]
+            names = self.names()
+            for node, through in _ends_of_graph(roots, self.followed, self.start):
+                self.require_followed(names.get(getattr(node, "variable", node)), node, through)
+            known.sequences.add(sequence)
+        return _unwatched(output)
+
+    def names(self) -> dict:
+        """Of parameters, by themselves and by the nodes through which a graph comes to them."""
+        own = {id(tensor): name for name, tensor in (self.own.parameters | self.own.layers).items()}
+        named = {tensor: own[id(tensor)] for _, _, tensor in self.own.places if id(tensor) in own}
+        for key, twin in self.sources.twins.items():
+            node = twin.grad_fn
+            while node is not None and not _is_entrance(node) and node.next_functions:
+                node = node.next_functions[0][0]  # a watched tensor is an alias
+            named[node] = own[key]
+        return named
 
     def cuts(self) -> list[GradientEdge]:
         """Where the pass has cut the graph."""
@@ -1429,9 +1518,12 @@ class _Private(_Pass):
         self.sources.forbid(_kept_graphs(network))
         self.origins = _Origins(rule.known.rearranging, self.start) if origins else None
         self.calls: list[Call] = []
+        self.given = self.handed = None
 
     def receiving(self, values):
         """The same values, where tensors that have a gradient are replaced by twins, and get theirs."""
+        if not any(tensor.requires_grad for tensor in _deep_tensors(values)):
+            return values
 
         def received(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
@@ -1460,56 +1552,48 @@ class _Private(_Pass):
         return [_edge(call.input) for call in self.calls if call.input.requires_grad]
 
     def require_followed(self, name: str | None, node, through: str) -> None:
-        if name is not None:
+        if name is not None and (name in self.sources.layers or hasattr(node, "variable")):
             raise TypeError(_unseen(name, f"through {through}"))
-        if not any(node is _edge(leaf).node for leaf in self.leaves):
+        if name is None and not _is_entrance(node):
             raise TypeError(f"the network {FOREIGN}")
 
-    def connected(self, output: Tensor, edges: list[GradientEdge], errors: Callable) -> Tensor:
-        """The output; at its gradient e the receivers get what e and, at the edges, `errors(e)` give them."""
+    def connected(self, output: Tensor, errors: Callable) -> Tensor:
+        """The output; at its gradient e the receivers get what e, and `errors(e)` at the edges that come with them, give
+        them."""
         if not output.requires_grad:
             return output
-        places, leaves = [_edge(output), *edges], [_edge(leaf) for leaf in self.leaves]
+        out, leaves = _edge(output), [_edge(leaf) for leaf in self.leaves]
 
         def gradients(e: Tensor) -> list[Tensor | None]:
-            entering = [
-                (place, error) for place, error in zip(places, [e, *errors(e)], strict=True) if error is not None
-            ]
+            entering = [(out, e), *((edge, error) for edge, error in errors(e) if error is not None)]
             roots, grads = zip(*entering, strict=True)
             return _gradients(roots, grads, leaves)
 
         return substitute(output, gradients, self.receivers)
 
 
-class Place(NamedTuple):
-    """Where an error of the initial network enters the current one: at an edge of the current one's graph.
+class _Replay(_Pass):
+    """The initial network's pass. It must call what the current one has called, and has an alias of the input of every
+    layer in front of which an error enters the current network.
 
-    It is that of a layer's input or, with `steps`, of the argument of the activation function that it came out of.
+    Args:
+        coupled: for each call of a layer, whether one does.
     """
 
-    edge: GradientEdge
-    steps: tuple["Step", ...] = ()
+    remedy = "AlignAda needs a network whose calls do not depend on its parameters, nor their order of calls"
 
-
-class _Replay(_Pass):
-    """The initial network's pass. It must call what the current one has called, and has an alias at every place: of a
-    layer's input, or of an activation's argument, through which alone the layers in question get theirs."""
-
-    remedy = "AlignAda needs a network whose order of calls does not depend on its parameters"
-
-    def __init__(self, rule: Rule, current: _Private, places: list[Place | None]):
+    def __init__(self, rule: Rule, current: _Private, coupled: list[bool]):
         initial, network = rule.initial, rule.network
         live = {id(initial.get_parameter(name)): network.get_parameter(name).detach() for name in rule.live}
-        super().__init__(rule, initial, self.coupled, twins=live, everything=not current.held)
+        super().__init__(rule, initial, self.alias, twins=live, everything=current.everything)
         self.all, self.held = current.all, self.held or live
-        self.current, self.places, self.made = current, places, 0
+        self.current, self.coupled, self.made = current, coupled, 0
         self.foreign = {id(parameter) for parameter in current.own.parameters.values()}
-        self.steps = {step.index: (step, before) for place in places if place is not None
-                      for before, step in zip((None, *place.steps), place.steps, strict=False)}  # fmt: skip
-        self.shadows: dict[tuple[int, int], _Shadow] = {}  # by a step's index and number
-        # By the index of an activation's call, or -1 - the number of a layer's: edges here and in the current network.
-        self.aliases: dict[int, tuple[GradientEdge, GradientEdge]] = {}
-        self.first = hash(tuple(current.functions)) not in rule.known.replayed
+        self.aliases: list[tuple[GradientEdge, GradientEdge, _Origin | None]] = []  # here, in the current network
+        # By the index of its call, the edges of an activation function's result and argument.
+        self.activations: dict[int, tuple[GradientEdge, GradientEdge] | None] = {
+            call.origin.index: None for call in current.calls if call.origin is not None
+        }
 
     def called(self, function, arguments, keywords):
         if self.all:
@@ -1525,112 +1609,85 @@ class _Replay(_Pass):
     def differs(self, what: str) -> RuntimeError:
         return RuntimeError(f"the initial network {what} where the current one does not: {self.remedy}")
 
-    def finish(self) -> None:
-        if len(self.functions) != len(self.current.functions):
-            raise self.differs("ends")
-        self.rule.known.replayed.add(hash(tuple(self.functions)))
-
-    def coupled(self, call: Call) -> Tensor:
-        """The layer's output, from the alias at its place."""
+    def alias(self, call: Call) -> Tensor:
+        """The layer's output, from an alias of its input where an error enters the current network."""
         number = self.made
-        if number == len(self.places) or self.current.calls[number].name != call.name:
+        if number == len(self.coupled) or self.current.calls[number].name != call.name:
             raise self.differs(f"calls {call.name}")
-        self.made, place = number + 1, self.places[number]
-        if place is None:
-            return call.output(call.input)
-        if not place.steps:
-            alias = _alias(call.input)
-            self.aliases[-1 - number] = _edge(alias), place.edge
-            return call.output(alias)
-        return call.output(self.shadowed(call, place))
-
-    def shadowed(self, call: Call, place: Place) -> Tensor:
-        """The input of a layer, from the alias of the argument of the activation function that it comes from."""
-        first, last = place.steps[0], place.steps[-1]
-        shadow, end = self.shadows.get((first.index, 0)), self.shadows.get((last.index, last.number))
-        if shadow is not None and shadow.changed():
-            raise RuntimeError(
-                f"the argument of the activation function in front of {call.name} is changed in place before that "
-                "layer is called, but AlignAda still needs it; write the change out of place (x = x + y for x += y)"
-            )
-        if end is None or end.value.shape != call.input.shape or (self.first and not _equal(end.value, call.input)):
-            raise self.differs(f"comes to {call.name} on a way")
-        self.aliases[first.index] = shadow.edge, place.edge
-        return end.value
+        self.made, there = number + 1, self.current.calls[number]
+        layer_input = call.input
+        if self.coupled[number]:
+            if layer_input.shape != there.input.shape:
+                raise self.differs(f"comes to {call.name} with another shape")
+            layer_input = _alias(layer_input)
+            self.aliases.append((_edge(layer_input), _edge(there.input), there.origin))
+        output = call.output(layer_input)
+        # So that all behind the first layer has a gradient, as in the current network.
+        return output if output.requires_grad else _with_graph(output)
 
     def other(self, function, arguments, keywords):
         index = len(self.functions)
-        if index in self.steps and function == self.current.functions[index]:
-            step, before = self.steps[index]
-            if before is None:
-                self.shadows[index, 0] = _Shadow.of_activation(function, *_spelled(arguments, keywords))
-            else:
-                values = _replaced(function, arguments, keywords, step, self.shadows[before.index, before.number].value)
-                self.shadows |= {(index, number): _Shadow(value) for number, value in enumerate(values)}
-        return function(*arguments, **keywords)
+        if index not in self.activations or function != self.current.functions[index]:
+            return function(*arguments, **keywords)
+        argument = arguments[0] if arguments else keywords["input"]
+        before = _edge(argument) if argument.requires_grad else None
+        result = function(*arguments, **keywords)
+        self.activations[index] = None if before is None else (_edge(result), before)
+        return result
 
-    def errors(self, output: Tensor):
-        """The edges of the current network's places, and the function from e to the error at each."""
-        here, there = zip(*self.aliases.values(), strict=True) if self.aliases else ((), ())
+    def ended(self, output: Tensor) -> None:
+        """The pass is over, and this is its output."""
+        if len(self.functions) != len(self.current.functions):
+            raise self.differs("ends")
+        self.root = _edge(output) if output.requires_grad else None
+        del self.current, self.sources, self.layer  # which keep graphs alive
 
-        def errors(e: Tensor) -> Iterable[Tensor | None]:
-            if not here:
-                return ()
-            return _gradients((_edge(output),), (e,), here)
-
-        return list(there), errors
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return _tracing() or torch.equal(one, other)
-
-
-class _Shadow:
-    """What a place's alias becomes on its way to a layer. Of an activation function also: its argument's alias."""
-
-    def __init__(self, value: Tensor, edge: GradientEdge | None = None, argument: Tensor | None = None):
-        self.value, self.edge, self.argument = value, edge, argument
-        self.version = None if argument is None else argument._version
-
-    @classmethod
-    def of_activation(cls, function, arguments, keywords) -> "_Shadow":
-        activate, changes = _out_of_place(function, arguments, keywords)
-        alias = _alias(arguments[0].clone() if changes else arguments[0])
-        return cls(activate(alias), _edge(alias), None if changes else arguments[0])
-
-    def changed(self) -> bool:
-        return self.argument is not None and self.argument._version != self.version
+    def errors(self, e: Tensor) -> list[tuple[GradientEdge, Tensor | None]]:
+        """The edges of the current network where the initial one's errors enter, and these errors."""
+        if self.aliases is None:
+            raise RuntimeError("this graph has been used and freed: give backward() retain_graph=True to use it again")
+        if not self.aliases or self.root is None:
+            return []
+        here, there, origins = zip(*self.aliases, strict=True)
+        found = list(zip(there, _gradients((self.root,), (e,), here, keep=True), origins, strict=True))
+        entering = [(edge, error) for edge, error, origin in found if origin is None]
+        inside: dict[int, list] = collections.defaultdict(list)  # by activation function
+        for edge, error, origin in found:
+            if origin is not None and error is not None:
+                inside[origin.index].append((origin, edge, error))
+        for group in inside.values():
+            # From layers' inputs back to the activation function: through what rearranges, and hooks, in the current
+            # network; then through the function itself, in the initial one.
+            (origin, *_), (result, argument) = group[0], self.activations[group[0][0].index]
+            _, roots, errors = zip(*group, strict=True)
+            errors = _gradients(roots, errors, (origin.result,), keep=True)
+            entering.append((origin.argument, *_gradients((result,), errors, (argument,), keep=True)))
+        if not _graph_is_kept():
+            self.aliases = self.activations = self.root = None  # they keep the graph alive
+        return entering
 
 
 # --------------------------------------------------------------------------- the engine: where activities come from
 
 
-class Step(NamedTuple):
-    """The call of this index in a pass's sequence of functions takes an activity at these places of its arguments
-    (counted among all that are not containers) and gives another as its result of this number."""
+class _Origin(NamedTuple):
+    """Where an activity comes from: the activation function with this index among the calls, with the edges of its
+    result and of its argument."""
 
     index: int
-    positions: tuple[int, ...]
-    number: int
-
-
-class _Origin(NamedTuple):
-    """Where an activity comes from: the edge of the argument of an activation function, and the steps from there, first
-    that function's call, then calls of functions that rearrange, copy or pad entries."""
-
-    edge: GradientEdge
-    steps: tuple[Step, ...]
+    result: GradientEdge
+    argument: GradientEdge
 
 
 class _Origins:
     """Where the tensors of a pass come from, by the nodes of its graph, which nothing that a network does can lose.
 
     Args:
-        rearranging: what is known of calls, by their index.
+        rearranging: what is known of calls.
         start: sequence number of the graph's first node that belongs to the pass.
     """
 
-    def __init__(self, rearranging: dict[int, tuple[Callable, bool]], start: int):
+    def __init__(self, rearranging: dict[tuple, bool], start: int):
         self.rearranging, self.start = rearranging, start
         self.nodes = set()  # of results that were seen
         self.activities: dict[tuple, _Origin] = {}  # by node and number of its output
@@ -1645,51 +1702,59 @@ class _Origins:
     def called(self, index: int, function, arguments, keywords):
         """Call a function and note where its results come from."""
         if function in ACTIVATIONS or function in IN_PLACE:
-            argument = arguments[0] if arguments else keywords["input"]
-            origin = _Origin(_edge(argument), (Step(index, (0,), 0),)) if argument.requires_grad else None
-            result = function(*arguments, **keywords)
-            if origin is not None and not _same(result, argument, origin.edge):
-                self.activities[result.grad_fn, result.output_nr] = origin
-                self.note(result)
-            return result
-        leaves = arguments if not keywords and not _nested(arguments) else _leaves_of((arguments, keywords))
-        found = {leaf.grad_fn: leaf for leaf in leaves if isinstance(leaf, Tensor) and self.find(leaf) is not None}
-        if not found:
-            result = function(*arguments, **keywords)
-            for tensor in _results(function, arguments, result):
-                self.note(tensor)
-            return result
-        return self.handed_on(index, function, arguments, keywords)
-
-    def handed_on(self, index: int, function, arguments, keywords):
-        """A call that is given an activity: its results are that activity rearranged, or something else."""
-        leaves = _leaves_of((arguments, keywords))
-        origins = [self.find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        positions = tuple(k for k, origin in enumerate(origins) if origin is not None)
-        one = len({id(origins[k]) for k in positions}) == 1  # not two that meet
-        rearranges = one and self.rearranges(index, function, arguments, keywords, positions)
+            return self.activated(index, function, arguments, keywords)
+        leaves = arguments if not keywords and not _nested(arguments) else pytree.tree_leaves((arguments, keywords))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and self.find(leaf) is not None:
+                return self.handed_on(function, arguments, keywords)
         result = function(*arguments, **keywords)
-        for number, tensor in enumerate(_results(function, arguments, result)):
-            if not tensor.requires_grad or (tensor.grad_fn, tensor.output_nr) in self.activities:
-                continue  # nothing goes back there, or the function has handed on its argument as it is
+        for tensor in _results(function, arguments, result):
             self.note(tensor)
-            if rearranges:
-                origin = origins[positions[0]]
-                steps = (*origin.steps, Step(index, positions, number))
-                self.activities[tensor.grad_fn, tensor.output_nr] = origin._replace(steps=steps)
         return result
 
-    def rearranges(self, index: int, function, arguments, keywords, positions: tuple[int, ...]) -> bool:
+    def activated(self, index: int, function, arguments, keywords) -> Tensor:
+        argument = arguments[0] if arguments else keywords["input"]
+        if not argument.requires_grad:
+            return function(*arguments, **keywords)
+        if argument._base is not None and _in_place(function, arguments, keywords):
+            raise TypeError(IN_PLACE_VIEW)
+        before = _edge(argument)
+        result = function(*arguments, **keywords)
+        if result.grad_fn is not before.node:
+            self.note(result)
+            self.activities[result.grad_fn, result.output_nr] = _Origin(index, _edge(result), before)
+        return result
+
+    def handed_on(self, function, arguments, keywords):
+        """A call that is given an activity: its results are that activity rearranged, or something else."""
+        leaves = pytree.tree_leaves((arguments, keywords))
+        origins = [self.find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        positions = tuple(k for k, origin in enumerate(origins) if origin is not None)
+        origin = origins[positions[0]]
+        alone = all(origins[k].index == origin.index for k in positions)  # not two that meet
+        rearranges = alone and self.rearranges(function, arguments, keywords, positions)
+        result = function(*arguments, **keywords)
+        for tensor in _results(function, arguments, result):
+            if tensor.requires_grad and (tensor.grad_fn, tensor.output_nr) not in self.activities:
+                self.note(tensor)
+                if rearranges:
+                    self.activities[tensor.grad_fn, tensor.output_nr] = origin
+        return result
+
+    def rearranges(self, function, arguments, keywords, positions: tuple[int, ...]) -> bool:
         if function in REARRANGING:
             return True
-        if _name(function).strip("_") in ARITHMETIC:
+        name = _name(function).strip("_")
+        others = [t for k, t in enumerate(pytree.tree_leaves((arguments, keywords)))
+                  if k not in positions and isinstance(t, Tensor) and t.is_floating_point()]  # fmt: skip
+        if name in ARITHMETIC or (name in PRODUCTS and others):
             return False
-        known = self.rearranging.get(index)
-        if known is None or known[0] != function:
+        key = (function, positions, *map(_looks, pytree.tree_leaves((arguments, keywords))))
+        if key not in self.rearranging:
             if _tracing():
                 raise RuntimeError("call the rule once on a batch before compiling it: it must look at the calls")
-            known = self.rearranging[index] = function, _rearranges(function, arguments, keywords, positions)
-        return known[1]
+            self.rearranging[key] = _rearranges(function, arguments, keywords, positions)
+        return self.rearranging[key]
 
     def of(self, call: Call) -> _Origin | None:
         """The activity that a layer gets; None if it is known to be something else.
@@ -1702,7 +1767,7 @@ class _Origins:
             return None
         node, number = tensor.grad_fn, tensor.output_nr
         while node not in self.nodes:
-            if isinstance(node, _HOOK_NODE):  # a module's backward hook that may look, but not change the activity
+            if isinstance(node, _HOOK_NODE):  # of a module's backward hook, through which the error goes back as well
                 node, number = node.next_functions[number]
             elif _ends_at(node, self.start) or _copies_into(node) or _base_was_changed(tensor):
                 return None
@@ -1718,9 +1783,9 @@ class _Origins:
 _HOOK_NODE = torch.nn.modules._functions.BackwardHookFunction._backward_cls
 
 
-def _same(result: Tensor, argument: Tensor, before: GradientEdge) -> bool:
-    """Whether a function has handed on its argument as it was."""
-    return result is argument and result.grad_fn is before.node
+def _looks(leaf):
+    """What of an argument may decide whether a call rearranges: a tensor's shape and type; anything else itself."""
+    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
 
 
 def _ends_at(node, start: int) -> bool:
@@ -1758,16 +1823,20 @@ ARITHMETIC = {
 
 
 def _rearranges(function, arguments, keywords, positions: tuple[int, ...]) -> bool:
-    """Whether a call's results are entries of the argument at these places, each at its own place whatever the entries
+    """Whether a call's results are entries of the arguments at these places, each at its own place whatever the entries
     are, or constants. Found by trying: entries that spell their own places, digit by digit, then random ones."""
-    with torch.no_grad(), _randomness_kept(function, keywords):
-        leaves = _leaves_of((arguments, keywords))
-        activity = leaves[positions[0]]
-        places = torch.arange(activity.numel(), device=activity.device)
+    with torch.no_grad(), _randomness_kept(keywords):
+        leaves = pytree.tree_leaves((arguments, keywords))
+        activities = [leaves[k] for k in positions]
+        sizes = [activity.numel() for activity in activities]
+        places = torch.arange(sum(sizes), device=activities[0].device)
 
         def tried(entries: Tensor) -> list[Tensor]:
-            values = torch.empty_like(activity, requires_grad=False).copy_(entries.view(activity.shape))
-            return _replaced(function, arguments, keywords, Step(0, positions, 0), values, others=torch.rand_like)
+            values = [
+                torch.empty_like(activity, requires_grad=False).copy_(part.view(activity.shape))
+                for activity, part in zip(activities, entries.split(sizes), strict=True)
+            ]
+            return _tried(function, arguments, keywords, dict(zip(positions, values, strict=True)))
 
         try:
             digits = [
@@ -1775,14 +1844,14 @@ def _rearranges(function, arguments, keywords, positions: tuple[int, ...]) -> bo
             ]
             spelled = list(zip(*map(tried, digits), strict=True))
             mirrored = tried(-digits[0])
-            probe = torch.randn(len(places), device=activity.device).to(activity.dtype)
+            probe = torch.randn(len(places), device=places.device).to(activities[0].dtype)
             results = tried(probe)
         except Exception:  # whatever refuses such entries looks at them
             return False
         return bool(results) and all(
-            _spells(numbers, negative, result, probe) for numbers, negative, result in
-            zip(spelled, mirrored, results, strict=True)
-        )  # fmt: skip
+            _spells(numbers, negative, result, probe)
+            for numbers, negative, result in zip(spelled, mirrored, results, strict=True)
+        )
 
 
 BASE = 127  # digits that every floating-point type holds exactly
@@ -1801,20 +1870,13 @@ def _spells(digits: tuple[Tensor, ...], mirrored: Tensor, result: Tensor, probe:
     return bool(((result == entries) | constant).all())
 
 
-def _replaced(function, arguments, keywords, step: Step, value: Tensor, others=None) -> list[Tensor]:
-    """A call's results, with this value where the step takes an activity, changing nothing else.
-
-    `others`: what makes the other floating-point tensors among the arguments; without it they are as they are.
-    """
+def _tried(function, arguments, keywords, values: Mapping[int, Tensor]) -> list[Tensor]:
+    """A call's results with these values at their places among the arguments, changing nothing else."""
     leaves, structure = pytree.tree_flatten((tuple(arguments), dict(keywords)))
-    writes = _in_place(function, arguments, keywords)
-    for k, leaf in enumerate(leaves):
-        if k in step.positions:
-            leaves[k] = value.clone() if writes else value
-        elif isinstance(leaf, Tensor) and leaf.is_floating_point() and others is not None:
-            leaves[k] = others(leaf)
-        elif isinstance(leaf, Tensor) and writes:
-            leaves[k] = leaf.clone()
+    if _in_place(function, arguments, keywords):
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    for k, value in values.items():
+        leaves[k] = value
     arguments, keywords = pytree.tree_unflatten(leaves, structure)
     return _results(function, arguments, function(*arguments, **keywords))
 
@@ -1822,10 +1884,6 @@ def _replaced(function, arguments, keywords, step: Step, value: Tensor, others=N
 def _results(function, arguments, result) -> list[Tensor]:
     """The tensors that a call gives; `x[...] = y` gives x."""
     return _tensors_in(arguments[:1] if function is Tensor.__setitem__ else (result,))
-
-
-def _leaves_of(values) -> list:
-    return pytree.tree_leaves(values)
 
 
 def _nested(arguments: tuple) -> bool:
@@ -1858,8 +1916,8 @@ class _Sources:
     """The network's own tensors, and what a pass makes of them before they meet an activity (scaled, cast, reshaped or
     split weights), and with their stand-ins the same."""
 
-    def __init__(self, own: _Inventory, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor], watcher):
-        self.layers, self.twins, self.watcher = own.layers, twins, watcher
+    def __init__(self, own: _Inventory, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor]):
+        self.layers, self.twins = own.layers, twins
         self.strays = False  # whether some were met past the network's modules, or can be known only by every call
         self.forbidden: set[int] = set()
         self.known: dict[int, tuple[Tensor, _Source]] = {}  # by id; the tensors stay alive, so that their ids do
@@ -1972,10 +2030,10 @@ class _Sources:
             with torch.set_grad_enabled(any(stand_in.requires_grad for stand_in in standing)):
                 stand_ins = _results(function, replaced, function(*replaced, **self.replaced(keywords)))
         watched = {}
-        if self.watcher is not None and any(type(tensor) is _Watched for tensor in tensors):
-            calls.with_own.append(function)
+        if any(type(tensor) is _Watched for tensor in tensors):
+            calls.with_own.append((function, source.name))
             self.strays |= any(type(t) is not _Watched and t.dim() and id(t) not in self.own for t in tensors)
-            watched = {id(tensor): _watched(tensor, self.watcher) for tensor in results if type(tensor) is not _Watched}
+            watched = {id(tensor): _watched(tensor, calls) for tensor in results if type(tensor) is not _Watched}
         for tensor, stand_in in zip(results, stand_ins, strict=True):
             noted = watched.get(id(tensor), tensor)
             if id(noted) not in self.own:  # not a buffer that was changed in place
@@ -2083,12 +2141,17 @@ def _edge(tensor: Tensor) -> GradientEdge:
     return GradientEdge(node, tensor.output_nr)
 
 
-def _gradients(roots: tuple[GradientEdge, ...], grads: tuple[Tensor, ...], leaves) -> tuple[Tensor | None, ...]:
+def _gradients(roots, grads, inputs, keep: bool = False) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad inside of a backward pass, which keeps the graph if that one does; without the checks that
     take longer than the rest where there are hundreds of roots."""
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    keep = keep or _graph_is_kept()
     engine = torch.autograd.graph._engine_run_backward
-    return engine(roots, grads, keep, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False)
+    return engine(tuple(roots), tuple(grads), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass at hand keeps the graph (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _sequence_number() -> int:
@@ -2097,18 +2160,23 @@ def _sequence_number() -> int:
 
 
 def _ends_of_graph(roots: Iterable, followed: set, start: int):
-    """The ends of the graph behind these nodes: leaves, and nodes from before a pass; with the name of one that has
-    such an end as its input. Nothing behind `followed` nodes is looked at."""
+    """The ends of the graph behind these nodes: leaves, entrances, and nodes from before a pass; with the name of one
+    that has such an end as its input. Nothing behind `followed` nodes is looked at."""
     nodes, seen = [(root, "the output") for root in roots], set()
     while nodes:
         node, through = nodes.pop()
-        if node is None or node in seen or node in followed or isinstance(node, _Entrance._backward_cls):
+        if node is None or node in seen or node in followed:
             continue
         seen.add(node)
-        if hasattr(node, "variable") or node._sequence_nr() < start:
+        if hasattr(node, "variable") or _is_entrance(node) or node._sequence_nr() < start:
             yield node, through
         else:
-            nodes.extend((behind, node.name()) for behind, _ in node.next_functions)
+            aliased = node.name() == "AliasBackward0"  # of a watched tensor: says nothing
+            nodes.extend((behind, through if aliased else node.name()) for behind, _ in node.next_functions)
+
+
+def _is_entrance(node) -> bool:
+    return isinstance(node, (_Entrance._backward_cls, _WithGraph._backward_cls))
 
 
 def _saved_tensor_hooks():
@@ -2145,19 +2213,22 @@ class _WithoutGraph:
     """A run of a network in which these of its parameters have no gradient, and products with them are computed as if
     they had: torch multiplies matrices in another order, with other rounding, where none is wanted."""
 
-    def __init__(self, network: nn.Module, frozen: Iterable[Tensor]):
+    def __init__(self, network: nn.Module, frozen: Iterable[Tensor], watched: bool):
+        self.watched, self.state = watched, _State()
         self.twins = {id(p): self.twin(p.detach(), p.requires_grad, p) for p in frozen}
         self.holding = _Inventory(network).holding(self.twins)
 
     def __enter__(self):
+        self.state.open = True
         self.holding.__enter__()
 
     def __exit__(self, *error):
+        self.state.open = False
         self.holding.__exit__(*error)
 
     def twin(self, tensor: Tensor, with_gradient: bool, like: Tensor | None = None) -> Tensor:
-        if not _watchable((tensor,)):
-            return tensor
+        if not self.watched or not _watchable((tensor,)):
+            return tensor if like is None else _named_like(like, tensor)
         twin = _watched(tensor, self)
         twin._with_gradient = with_gradient
         return twin if like is None else _named_like(like, twin)
@@ -2187,40 +2258,52 @@ class _Routed:
     Args:
         routed: what its modules hold in the place of their parameters, by the ids of those.
         foreign: the current network's parameters, which a copied function may still refer to.
-        everything: see every call of torch's functions, and not only those that are given routed parameters.
+        known: the rule's; in its first call every call of torch's functions is seen.
     """
 
-    def __init__(self, network: nn.Module, routed: dict[int, Tensor], foreign: Iterable[Tensor], everything: bool):
+    def __init__(self, network: nn.Module, routed: dict[int, Tensor], foreign: Iterable[Tensor], known: _Known):
         self.hooks, self.unrouted, self.foreign = _saved_tensor_hooks(), set(routed), {id(p) for p in foreign}
-        watchable = _watchable(routed.values())
-        self.everything = everything or not watchable
-        if watchable:
+        self.everything = known.everything or not _watchable(routed.values())
+        self.all, self.state, self.refusal = self.everything or not known.sequences, _State(), None
+        if not self.everything:
             routed = {key: _named_like(tensor, _watched(tensor, self)) for key, tensor in routed.items()}
         self.held = _Inventory(network).holding(routed)
 
     def __enter__(self):
         self.context = contextlib.ExitStack()
         self.context.enter_context(self.held)
-        if self.everything:
+        if self.all:
             self.context.enter_context(_Watch(self))
+        self.state.open = True
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
+        self.state.open = False
         self.context.close()
+        del self.context
+        if self.refusal is not None and error is not self.refusal:
+            raise self.refusal from error  # which an operator such as @ has swallowed
 
     def called(self, function, arguments, keywords):
+        try:
+            self.require_routed(arguments, keywords)
+        except TypeError as error:
+            self.refusal = self.refusal or error
+            raise
+        return function(*arguments, **keywords)
+
+    def require_routed(self, arguments, keywords) -> None:
         hooks = _saved_tensor_hooks()
         if (hooks is not None and hooks != self.hooks and not _only_stores(hooks)) or (
             not torch.is_grad_enabled() and _autograd_function() is torch.utils.checkpoint.CheckpointFunction
         ):
             raise TypeError(CHECKPOINTED)
-        if self.everything:
+        if self.all:
             _require_copied((arguments, keywords), self.foreign)
             if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
                 raise TypeError(
                     "the network uses its parameters past its modules (from a list of its own, for one), where AlignZero "
                     "cannot route their gradients; use them as module.weight and so on"
                 )
-        return function(*arguments, **keywords)
 
 
 def _value(network: nn.Module, inputs, keywords) -> Tensor:
@@ -2286,88 +2369,87 @@ FORWARD_HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-GENERATORS = (torch.Generator, random.Random)
-STATISTICS = ("running_", "moving_", "num_batches_tracked")
+# What no call changes: attributes of these kinds are compared, and not copied.
+FIXED = (
+    str, bytes, int, float, complex, type(None), type, enum.Enum, range, slice, torch.dtype, torch.device, torch.Size,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of torch's normalisation, which a copy has itself
 
 
 def _carry_state(network: nn.Module, twin: nn.Module) -> None:
     """Put every module of a copy into the mode and the state of the same one in the network.
 
-    State is what a call may leave to the next one: attributes that are numbers, tensors or generators of random numbers,
-    alone or in containers, and buffers; but not parameters, and not statistics, which the copy gathers itself.
+    State is what a call may leave to the next one, or what may be set between calls: all attributes and buffers, but
+    parameters and the statistics of torch's normalisation.
 
     Raises:
-        TypeError: a module has got an attribute that cannot be copied.
+        TypeError: the network has other modules than when it was copied, or an attribute that cannot be copied.
     """
-    own = None
-    for module, other in zip(network.modules(), twin.modules(), strict=True):
-        if other.training != module.training:
-            other.training = module.training
+    modules, others = list(network.modules()), list(twin.modules())
+    same = dict(zip(map(id, modules), others, strict=False))
+    memo = None
+    for module, other in zip(modules, others, strict=False):
+        if type(module) is not type(other) or len(modules) != len(others) or not _same_children(module, other, same):
+            raise TypeError(
+                f"the network's modules have changed since the rule was made (at a {type(module).__name__}), and the rule "
+                "keeps a copy of it as it was: make the rule anew"
+            )
+        other.training = module.training
         for hooks in FORWARD_HOOKS:  # those that came and went since the copy was made
             if vars(module)[hooks].keys() != vars(other)[hooks].keys():
                 kept = vars(other)[hooks]
                 vars(other)[hooks] = type(kept)((k, kept.get(k, hook)) for k, hook in vars(module)[hooks].items())
-        mine, theirs = vars(module), vars(other)
-        if len(mine) > len(MODULE_KEYS) - 2:
-            for key in mine.keys() - MODULE_KEYS:
-                value = mine[key]
-                if not _is_constant(value, theirs.get(key, ...)):
-                    own = own or _counterparts(network, twin)
-                    _carry(other, key, value, own)
-        if module._buffers and not type(module).__module__.startswith("torch.nn."):
-            for key, buffer in module._buffers.items():
-                if buffer is not None and not key.startswith(STATISTICS):
-                    other._buffers[key] = buffer.detach().clone()
+        if len(vars(module)) > len(MODULE_KEYS) - 2:
+            for key in vars(module).keys() - MODULE_KEYS:
+                value, theirs = vars(module)[key], vars(other).get(key)
+                if isinstance(value, FIXED):
+                    vars(other)[key] = value
+                elif isinstance(value, torch.Generator) and isinstance(theirs, torch.Generator):
+                    theirs.set_state(value.get_state())
+                elif not isinstance(value, nn.Module):
+                    memo = memo or _counterparts(network, twin, same)
+                    vars(other)[key] = _copy_of(value, memo, f"{key} of a {type(module).__name__}")
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not (key in STATISTICS and isinstance(module, nn.modules.batchnorm._NormBase)):
+                other._buffers[key] = buffer.detach().clone()
 
 
-def _is_constant(value, other) -> bool:
-    """Whether an attribute needs no copy: nothing that a call changes, or the same as the copy has."""
-    if value is other or isinstance(value, str | nn.Module | torch.dtype | torch.device) or callable(value):
-        return True
-    return isinstance(value, int | float | bool) and type(value) is type(other) and value == other
+def _same_children(module: nn.Module, other: nn.Module, same: Mapping[int, nn.Module]) -> bool:
+    mine, theirs = module._modules, other._modules
+    return mine.keys() == theirs.keys() and all(
+        child is theirs[key] if child is None else same.get(id(child)) is theirs[key] for key, child in mine.items()
+    )
 
 
-def _counterparts(network: nn.Module, twin: nn.Module) -> dict[int, Tensor]:
-    """Of the network's own tensors, those of a copy."""
-    pairs = [*zip(network.parameters(), twin.parameters(), strict=True)]
-    return {id(tensor): other for tensor, other in pairs}
+def _counterparts(network: nn.Module, twin: nn.Module, same: Mapping[int, nn.Module]) -> dict[int, Any]:
+    """Of the network's own modules and tensors those of a copy, as copy.deepcopy's memo; and of tensors that it keeps
+    with their graph, ones without."""
+    tensors = zip((*network.parameters(), *network.buffers()), (*twin.parameters(), *twin.buffers()), strict=True)
+    kept = {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(network)}
+    return {**same, **{id(tensor): other for tensor, other in tensors}, **kept}
 
 
-def _carry(module: nn.Module, key: str, value, counterparts: dict[int, Tensor]) -> None:
-    """Give a copy's module a copy of an attribute."""
-    leaves = pytree.tree_leaves(value)
-    if isinstance(value, torch.Generator) and isinstance(vars(module).get(key), torch.Generator):
-        vars(module)[key].set_state(value.get_state())
-    elif all(isinstance(leaf, Tensor | int | float | str | None) for leaf in leaves):
-        vars(module)[key] = pytree.tree_map(
-            lambda leaf: counterparts.get(id(leaf), leaf.detach().clone()) if isinstance(leaf, Tensor) else leaf, value
-        )
-    elif _is_random(value):
-        vars(module)[key] = copy.deepcopy(value)
-    elif key not in vars(module):
+def _copy_of(value, memo: dict[int, Any], place: str):
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
         raise TypeError(
-            f"a {type(module).__name__} of the network has got an attribute {key} of type {type(value).__name__} since "
-            "the rule was made, which the rule cannot give to its copy of the network; set it before, or keep tensors"
-        )
-
-
-def _is_random(value) -> bool:
-    kind = type(value)
-    return isinstance(value, GENERATORS) or (kind.__module__.startswith("numpy.random") and hasattr(value, "random"))
+            f"the network keeps {place}, of type {type(value).__name__}, which cannot be copied for its initial twin: "
+            f"{error}; keep tensors, numbers or containers of them, or give its class a __deepcopy__"
+        ) from error
 
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module):
     """A run of the network leaves no trace: in its buffers, in what it keeps between calls, in generators."""
     buffers = {id(buffer): buffer.detach().clone() for buffer in network.buffers()}
-    own = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    memo = _counterparts(network, network, {id(module): module for module in network.modules()})
     before = [(vars(module), dict(vars(module))) for module in network.modules()]
     for module, key in list(_attributes(network)):
         value = vars(module)[key]
-        if isinstance(value, torch.Generator):
-            vars(module)[key] = value.clone_state()
-        elif not _is_constant(value, ...):
-            _carry(module, key, value, own)
+        if not isinstance(value, (*FIXED, nn.Module)):
+            vars(module)[key] = _copy_of(value, memo, f"{key} of a {type(module).__name__}")
     try:
         with _Inventory(network).holding(buffers), _Randomness(network):
             yield
@@ -2375,6 +2457,43 @@ def _undisturbed(network: nn.Module):
         for now, attributes in before:
             now.clear()
             now.update(attributes)
+
+
+class _Again:
+    """Made before a pass and entered for the next, it gives that one the same inputs and lets it draw the same numbers,
+    whatever the first pass does to them.
+
+    Raises:
+        TypeError: when it is made, an input can be read only once.
+        RuntimeError: when it is entered, the network has changed its inputs in place, which it did not do in its first
+            call.
+    """
+
+    def __init__(self, rule: Rule, inputs, keywords, detach: bool = False):
+        self.known, self.randomness = rule.known, _Randomness(rule.network)
+        self.first = [t for t in _deep_tensors((inputs, keywords)) if not _tracing() and not t.is_inference()]
+        self.versions = [tensor._version for tensor in self.first]
+        self.copies = self.known.changes_inputs is not False and not _tracing()
+
+        def again(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach() if detach else tensor
+            return tensor.clone() if self.copies else tensor
+
+        self.given = _map_tensors(again, (inputs, keywords))
+
+    def __enter__(self):
+        changed = [tensor._version for tensor in self.first] != self.versions
+        if changed and not self.copies:
+            raise RuntimeError(
+                "the network changes its inputs in place, but has not done so in its first call; let it work on a copy "
+                "(inputs = inputs.clone())"
+            )
+        self.known.changes_inputs = changed or bool(self.known.changes_inputs)
+        self.randomness.__enter__()
+        return self.given
+
+    def __exit__(self, *error):
+        self.randomness.__exit__(*error)
 
 
 class _Randomness:
@@ -2424,8 +2543,8 @@ def _index(index: int | None) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _randomness_kept(function, keywords: Mapping):
-    """Nothing that the function draws, from torch's generators or one that it is given, shows afterwards."""
+def _randomness_kept(keywords: Mapping):
+    """Nothing that a function draws, from torch's generators or one that it is given, shows afterwards."""
     generator = keywords.get("generator")
     state = None if generator is None else generator.get_state()
     with torch.random.fork_rng():
@@ -2434,7 +2553,15 @@ def _randomness_kept(function, keywords: Mapping):
         generator.set_state(state)
 
 
-# ------------------------------------------------------------------------------------------- the engine: torch.compile
+# ---------------------------------------------------------------------------- the engine: threads and torch.compile
+
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+
+
+def _lock(network: nn.Module):
+    """Held by a pass: its network's modules hold twins of their parameters meanwhile."""
+    return _LOCKS.setdefault(network, threading.RLock())
+
 
 _RULES: "weakref.WeakValueDictionary[int, Rule]" = weakref.WeakValueDictionary()  # by their key
 _KEYS = itertools.count()
@@ -2494,6 +2621,14 @@ CHECKPOINTED = (
     "the network checkpoints activations (torch.utils.checkpoint): it runs again in the backward pass, where this rule "
     "cannot follow it; switch that off (Backprop takes it)"
 )
+INSIDE = (
+    "the network computes gradients (torch.autograd.grad, backward) inside of its forward pass, where this rule would send "
+    "its own errors; compute them outside (Backprop takes it)"
+)
+IN_PLACE_VIEW = (
+    "the network changes a view in place by an activation function (h.view(...).relu_()), which this rule cannot follow; "
+    "write it out of place"
+)
 TRANSFORMED = (
     "the network calls {} inside a functional transform (torch.func, torch.vmap), where this rule cannot follow it; write "
     f"it without ({ANYTHING})"
@@ -2543,6 +2678,8 @@ def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str =
     _require_parameters(network, added)
     _require_plain(network)
     for name, module in network.named_modules():
+        if isinstance(module, Rule):
+            raise TypeError(f"{name or 'the network'} is a rule itself; make one rule for the whole network ({remedy})")
         if (problem := _unreachable(module, name, added)) is not None:
             raise TypeError(f"{name or 'the network'} {problem} ({remedy})")
     if not layer_weights(network):
@@ -2608,7 +2745,7 @@ def _require_plain(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name or 'the network'} is scripted; make the rule on the module before torch.jit.script")
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise TypeError(f"{name or 'the network'} is compiled; make the rule on the module, and compile the rule")
     for name, parameter in network.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
@@ -2672,6 +2809,20 @@ def _tensors_in(values) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors_in(value)]
 
 
+def _deep_tensors(values) -> list[Tensor]:
+    """Every tensor in what a user hands over."""
+    found: list[Tensor] = []
+    _map_tensors(lambda tensor: found.append(tensor) or tensor, values)
+    return found
+
+
+def _without_gradient(values):
+    """What a user hands over, as data."""
+    if any(tensor.requires_grad for tensor in _deep_tensors(values)):
+        return _map_tensors(Tensor.detach, values)
+    return values
+
+
 def _map_tensors(function: Callable[[Tensor], Any], values):
     """What a user hands over, with the function applied to every tensor in it: in all containers that torch knows
     (torch.utils._pytree), named tuples such as PackedSequence, dataclasses and the like."""
@@ -2681,6 +2832,8 @@ def _map_tensors(function: Callable[[Tensor], Any], values):
             return function(value)
         if isinstance(value, tuple) and hasattr(value, "_make"):
             return type(value)._make(_map_tensors(function, part) for part in value)
+        if isinstance(value, collections.abc.Iterator):
+            raise TypeError(f"an input is a {type(value).__name__}, which can be read only once: hand over a list")
         if (dataclasses.is_dataclass(value) and not isinstance(value, type)) or isinstance(value, collections.UserDict):
             twin = copy.copy(value)
             for name, part in vars(value).items():
