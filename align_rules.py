@@ -803,7 +803,7 @@ class AlignAda(_FromInitial):
         again = _Again(self, inputs, keywords, detach=True)
         current = _Private(self, self.network, layer=_cut, origins=self.coupling == "preactivation")
         inputs, keywords = current.receiving((inputs, keywords))
-        with current:
+        with _hooks_told(self.network), current:
             output = _one_tensor(self.network(*inputs, **keywords))
         output = current.examined(output)
         with again as (inputs, keywords), (initial := _Replay(self, current, self._coupled(current.calls))):
@@ -1054,8 +1054,12 @@ class _Inventory:
                     self.buffers.append(tensor)
 
     @contextlib.contextmanager
-    def holding(self, twins: Mapping[int, Tensor]):
-        """The network's modules hold these tensors in the place of their own, given by id."""
+    def holding(self, twins: Mapping[int, Tensor], shared: bool = True):
+        """The network's modules hold these tensors in the place of their own, given by id.
+
+        Args:
+            shared: they share their content with their own, and shall afterwards (`weight.data = ...` in forward).
+        """
         swapped = [place for place in self.places if id(place[2]) in twins]
         for holder, key, tensor in swapped:
             holder[key] = twins[id(tensor)]
@@ -1063,8 +1067,11 @@ class _Inventory:
             yield
         finally:
             for holder, key, tensor in swapped:
-                if holder[key] is twins[id(tensor)]:  # and not what the network has put there
+                twin = twins[id(tensor)]
+                if holder[key] is twin:  # and not what the network has put there
                     holder[key] = tensor
+                if shared and not _tracing() and type(tensor) in PLAIN and twin.data_ptr() != tensor.data_ptr():
+                    tensor.data = twin.detach().as_subclass(Tensor)
 
 
 LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
@@ -1093,8 +1100,6 @@ CANONICAL = {
     for packet in (getattr(torch.ops.aten, function.__name__),)
     for operator in (packet, packet.default)
 }  # fmt: skip
-
-SET_DATA = Tensor.data.__set__
 
 
 class Call:
@@ -1274,6 +1279,8 @@ class _Watch(TorchFunctionMode):
         if self.calls.everything:  # and nothing is a _Watched tensor, but some may be of other libraries' kinds
             return self.calls.called(function, arguments, keywords or {})
         with torch._C.DisableTorchFunctionSubclass():
+            if function in SHOWING:
+                return function(*_unwatched(arguments), **_unwatched(keywords or {}))
             return self.calls.called(function, arguments, keywords or {})
 
 
@@ -1289,13 +1296,13 @@ class _Watched(Tensor):
             tensor = next(t for t in _tensors_in((arguments, keywords or {})) if type(t) is _Watched)
         calls = tensor._calls()
         with torch._C.DisableTorchFunctionSubclass():
-            if calls is not None and calls.state.open and _name(function) not in SHOWING:
+            if calls is not None and calls.state.open and function not in SHOWING:
                 return calls.called(function, arguments, keywords or {})
             return function(*_unwatched(arguments), **_unwatched(keywords or {}))
 
 
-# By name, functions that look at a tensor's kind.
-SHOWING = {"__format__", "__repr__", "__deepcopy__", "__reduce_ex__", "numpy", "tolist"}
+# Functions that look at a tensor's kind.
+SHOWING = {Tensor.__format__, Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.numpy, Tensor.tolist}
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -1350,7 +1357,7 @@ class _Pass:
         if not self.everything:
             own = self.own.parameters.values()
             twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in own}
-        self.held = {} if self.everything else twins
+        self.held = twins
         self.sources = _Sources(self.own, stand_ins or {}, twins)
         self.functions: list[Callable] = []
         self.with_own: list[tuple[Callable, str | None]] = []  # those that were given a layer's weight, and its name
@@ -1375,8 +1382,6 @@ class _Pass:
 
     def called(self, function, arguments, keywords):
         """A call of one of torch's functions by the network."""
-        if function == SET_DATA:
-            return self.data_set(*arguments)
         if not torch.is_grad_enabled():
             return self.aside(function, arguments, keywords)
         function = CANONICAL.get(function, function)
@@ -1394,13 +1399,6 @@ class _Pass:
 
     def count(self, function) -> None:
         self.functions.append(function)
-
-    def data_set(self, tensor: Tensor, value: Tensor) -> None:
-        """`parameter.data = value`, for the parameter as for its twin."""
-        for _, _, own in self.own.places:
-            if self.sources.twins.get(id(own)) is tensor:
-                own.data = value
-        tensor.data = value
 
     def of_layer(self, arguments, keywords) -> "_Source | None":
         """Of the weight of a linear map; None if it is no layer's."""
@@ -1586,7 +1584,7 @@ class _Replay(_Pass):
         initial, network = rule.initial, rule.network
         live = {id(initial.get_parameter(name)): network.get_parameter(name).detach() for name in rule.live}
         super().__init__(rule, initial, self.alias, twins=live, everything=current.everything)
-        self.all, self.held = current.all, self.held or live
+        self.all, self.traced = current.all, _tracing()
         self.current, self.coupled, self.made = current, coupled, 0
         self.foreign = {id(parameter) for parameter in current.own.parameters.values()}
         self.aliases: list[tuple[GradientEdge, GradientEdge, _Origin | None]] = []  # here, in the current network
@@ -1660,8 +1658,12 @@ class _Replay(_Pass):
             # network; then through the function itself, in the initial one.
             (origin, *_), (result, argument) = group[0], self.activations[group[0][0].index]
             _, roots, errors = zip(*group, strict=True)
-            errors = _gradients(roots, errors, (origin.result,), keep=True)
-            entering.append((origin.argument, *_gradients((result,), errors, (argument,), keep=True)))
+            (error,) = _gradients(roots, errors, (origin.result,), keep=True)
+            if not self.traced and result.node.next_functions == ((argument.node, argument.output_nr),):
+                sent = result.node(error)  # by itself: hooks have had their turn in the current network
+            else:
+                (sent,) = _gradients((result,), (error,), (argument,), keep=True)
+            entering.append((origin.argument, sent))
         if not _graph_is_kept():
             self.aliases = self.activations = self.root = None  # they keep the graph alive
         return entering
@@ -2451,7 +2453,7 @@ def _undisturbed(network: nn.Module):
         if not isinstance(value, (*FIXED, nn.Module)):
             vars(module)[key] = _copy_of(value, memo, f"{key} of a {type(module).__name__}")
     try:
-        with _Inventory(network).holding(buffers), _Randomness(network):
+        with _Inventory(network).holding(buffers, shared=False), _Randomness(network):
             yield
     finally:
         for now, attributes in before:
@@ -2494,6 +2496,39 @@ class _Again:
 
     def __exit__(self, *error):
         self.randomness.__exit__(*error)
+
+
+@contextlib.contextmanager
+def _hooks_told(network: nn.Module):
+    """Modules' backward hooks that change gradients raise RuntimeError in backward(): AlignAda's errors come from the
+    initial network, and know nothing of them. Those of layers are not called at all, of which a warning tells."""
+
+    def told(hook: Callable, name: str) -> Callable:
+        def looks(*arguments):
+            if hook(*arguments) is not None:
+                raise RuntimeError(
+                    f"a backward hook of {name} changes gradients, which AlignAda cannot follow; let it return None, or "
+                    "change them by a hook of a tensor"
+                )
+
+        return looks
+
+    before = []
+    for name, module in network.named_modules():
+        for kind in ("_backward_hooks", "_backward_pre_hooks"):
+            if hooks := getattr(module, kind):
+                before.append((module, kind, hooks))
+                setattr(module, kind, type(hooks)((key, told(hook, name)) for key, hook in hooks.items()))
+                if isinstance(module, LAYERS) and kind == "_backward_hooks":
+                    warnings.warn(
+                        f"backward hooks of {name} are not called where AlignAda cuts the network in front of it",
+                        stacklevel=6,
+                    )
+    try:
+        yield
+    finally:
+        for module, kind, hooks in before:
+            setattr(module, kind, hooks)
 
 
 class _Randomness:
@@ -2604,7 +2639,7 @@ def _in_graph(key: int, modes: tuple[bool, ...], state: dict[str, Tensor], input
     before, _TRACED.running = _tracing(), True
     try:
         tensors = {id(own[name]): _named_like(own[name], tensor) for name, tensor in state.items()}
-        with _Inventory(rule).holding(tensors):
+        with _Inventory(rule).holding(tensors, shared=False):
             return rule.attached(*inputs, **keywords)
     finally:
         _TRACED.running = before
