@@ -77,6 +77,25 @@ def test_a_state_dict_carries_a_rule_to_another_network(name):
 
 @each_kind
 @each_rule
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "after a call"])
+def test_pickle(name, kind, called):
+    """torch.save of the rule itself, with its network."""
+    rule, inputs = make(name, kind)
+    if called:
+        gradients(rule, rule.network, inputs)
+    file = io.BytesIO()
+    torch.save(rule, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for _ in range(2):
+        assert loaded.state_dict().keys() == rule.state_dict().keys()
+        expected = gradients(rule, rule.network, inputs)
+        assert_close(gradients(loaded, loaded.network, inputs), expected, 0)
+        assert torch.equal(loaded(inputs), rule(inputs))
+
+
+@each_kind
+@each_rule
 def test_double(name, kind):
     rule, inputs = make(name, kind)
     move(rule.network)
