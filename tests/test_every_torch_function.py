@@ -272,6 +272,10 @@ def computations():
 
 def computed(trial: Trial, inputs: int, tokens: Tensor) -> str:
     """`outcome`, where the error must enter behind the function."""
+    activity = F.gelu(torch.rand(SHAPE, dtype=torch.float64, requires_grad=True))
+    before = activity.grad_fn
+    if trial(activity).grad_fn is before:
+        return "unusable"  # changed in place without autograd knowing it, as by logical_not_
     torch.manual_seed(1)
     network = Mixer(trial, inputs).double()
     start = copy.deepcopy(network)
@@ -299,7 +303,7 @@ def test_every_function_that_computes():
     assert [trial for trial, how in outcomes if how == "wrong"] == []
     counts = collections.Counter(how for _, how in outcomes)
     assert counts["right"] > 300
-    assert counts["refused"] < 0.1 * counts["right"]
+    assert counts["refused"] < 0.01 * counts["right"]
 
 
 def test_the_two_places_differ():

@@ -336,7 +336,7 @@ def test_a_state_that_cannot_be_copied_is_told_by_name(name):
     network = Spiking(Leaky)
     rule = align_rules.RULES[name](network)
     network.state.stream = (number for number in range(3))
-    with pytest.raises(TypeError, match="a Leaky of the network has got an attribute stream of type generator"):
+    with pytest.raises(TypeError, match=r"stream of a Leaky, of type generator, which cannot be copied"):
         rule(torch.randn(5, 6).double())
 
 
