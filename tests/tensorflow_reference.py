@@ -75,8 +75,23 @@ def layers(parameters):
     return list(zip(parameters[::2], parameters[1::2], strict=True))
 
 
+class FeedbackKin:
+    """Rules that are feedback alignment with other feedback, from `weights(theta)`, those that B stands beside."""
+
+    def kolen_pollack(self, inputs, theta, theta0, feedback):
+        return self.fa(inputs, theta, theta0, feedback)
+
+    def weight_mirror(self, inputs, theta, theta0, feedback):
+        return self.fa(inputs, theta, theta0, feedback)
+
+    def sign_symmetry(self, inputs, theta, theta0, feedback):
+        """The feedback given is M."""
+        signed = [M * tf.sign(sg(W)) for M, W in zip(feedback, self.weights(theta), strict=True)]
+        return self.fa(inputs, theta, theta0, signed)
+
+
 @dataclasses.dataclass
-class Layered:
+class Layered(FeedbackKin):
     """Convolutional and fully connected networks: x_l = normalise(op(relu(x_{l-1}), W_l) + b_l), pooling, readout.
 
     `strides`: one per block, 1 for dense ones. `ntk`: op divides by sqrt(fan_in).
@@ -93,6 +108,9 @@ class Layered:
         dense = weight.shape.rank == 2
         result = activity @ weight if dense else tf.nn.conv2d(activity, weight, stride, "SAME")
         return result / math.sqrt(math.prod(weight.shape[:-1])) if self.ntk else result
+
+    def weights(self, theta):
+        return [weight for weight, _ in layers(theta)]
 
     def blocks(self, theta):
         """(weight, bias, stride) of every block."""
@@ -149,7 +167,7 @@ class Layered:
 
 
 @dataclasses.dataclass
-class Recurrent:
+class Recurrent(FeedbackKin):
     """s_t = relu(x_t W_ih + s_{t-1} W_hh/sqrt(n) + b_h), y_t = s_t W_ho/sqrt(n) + b_o.
 
     Parameters: initial state (batch, n), W_ih (1, n), W_hh (n, n), b_h (n), W_ho (n, 1), b_o (1). Feedback: one for
@@ -162,6 +180,9 @@ class Recurrent:
     def loss(self, output, targets):
         """Squared error of (batch, time), mean over the batch, summed over time."""
         return tf.reduce_sum(tf.reduce_mean((output - targets) ** 2, axis=0))
+
+    def weights(self, theta):
+        return [theta[k] for k in (1, 2, 4)]
 
     def op(self, state, weight):
         return state @ weight / math.sqrt(weight.shape[0])

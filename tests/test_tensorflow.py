@@ -23,9 +23,9 @@ BATCH, CHANNELS, WIDTH, CLASSES, TIME = 6, 3, 5, 4, 7
 CONVOLUTIONAL = {"strides 1 2 2": ((7, 8), (1, 2, 2)), "strides 4 1 2": ((12, 9), (4, 1, 2))}
 
 # The published rule leaves the readout of the initial network uncoupled.
+FEEDBACK_KIN = ("fa", "sign_symmetry", "kolen_pollack", "weight_mirror")
 RECURRENT_OPTIONS = {
-    "fa": {"added": ("initial_state",)},
-    "align_prop": {"added": ("initial_state",)},
+    **{name: {"added": ("initial_state",)} for name in (*FEEDBACK_KIN, "align_prop")},
     "last_layer": {"learns": ("readout", "initial_state")},
     "align_zero": {"live": ("initial_state",)},
     "align_ada corrected": {"coupling": "activity", "live": ("initial_state",)},
@@ -133,12 +133,14 @@ def image_network(kind: str, parameterisation: str) -> tuple[nn.Module, Tensor, 
 def test_images(rule_name, kind, parameterisation, worker):
     network, images, shapes = image_network(kind, parameterisation)
     feedback = {
-        "fa": layer_feedback(network),
+        **dict.fromkeys(("fa", "kolen_pollack", "weight_mirror"), layer_feedback(network)),
+        "sign_symmetry": {name: B.abs() for name, B in layer_feedback(network).items()},
         "dfa": [randn(CLASSES, *shape) for shape in shapes],
         "dfa pooled": [randn(CLASSES, WIDTH) for _ in shapes],
     }.get(rule_name)
     name, theta0, targets = rule_name.split()[0], parameters(network), randn(BATCH, CLASSES)
-    rule = align_rules.RULES[name](network, **({"feedback": feedback} if feedback else {}))
+    given = "magnitudes" if name == "sign_symmetry" else "feedback"
+    rule = align_rules.RULES[name](network, **({given: feedback} if feedback else {}))
     move(network)
 
     output = rule(images)
@@ -148,7 +150,7 @@ def test_images(rule_name, kind, parameterisation, worker):
         "strides": CONVOLUTIONAL[kind][1] if kind in CONVOLUTIONAL else (1, 1, 1),
         "ntk": parameterisation == "ntk",
     }
-    weights = list(feedback.values()) if name == "fa" else feedback or []
+    weights = list(feedback.values()) if isinstance(feedback, dict) else feedback or []
     arrays = (
         images.movedim(1, -1).numpy(),
         targets.numpy(),
@@ -163,11 +165,13 @@ def test_images(rule_name, kind, parameterisation, worker):
 def test_recurrent(rule_name, worker):
     network = randomise(networks.RecurrentNetwork(WIDTH, BATCH))
     sequences, targets = randn(BATCH, TIME), randn(BATCH, TIME)
-    feedback = layer_feedback(network)
+    feedback = {name: B.abs() for name, B in layer_feedback(network).items()}
     name, theta0 = rule_name.split()[0], parameters(network)
     settings = dict(RECURRENT_OPTIONS.get(rule_name, {}))
-    if name == "fa":
+    if name in ("fa", "kolen_pollack", "weight_mirror"):
         settings["feedback"] = feedback
+    elif name == "sign_symmetry":
+        settings["magnitudes"] = feedback
     rule = align_rules.RULES[name](network, **settings)
     move(network)
 
