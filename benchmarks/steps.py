@@ -131,9 +131,11 @@ class Step:
             variant=about.variants[0] if about.variants else None,
             precision=setting.precision,
         )
-        self.training = Training(make_task(setting.dataset, device), run)
-        self.order = np.arange(run.batch_size)
-        (self.batch,) = self.training.task.batches(run, "train", [self.order], 0)
+        task = make_task(setting.dataset, device)
+        self.training = Training(task, run)
+        self.batches = task.evaluated_together if setting.rule == EVALUATION else 1  # that `make` goes through
+        self.order = np.arange(run.batch_size * self.batches)
+        (self.batch,) = task.batches(run, "train", [self.order], 0)
 
     def make(self) -> None:
         if self.setting.rule == EVALUATION:
@@ -142,10 +144,11 @@ class Step:
             self.training.step([self.batch])
 
     def seconds(self) -> float:
+        """Of a batch."""
         choose_precision(self.setting.precision, self.device)
         start = self.training.clock()
         self.make()
-        return self.training.clock() - start
+        return (self.training.clock() - start) / self.batches
 
 
 @functools.cache
@@ -160,7 +163,7 @@ def operations(dataset: str, width: int) -> tuple[int, int, int]:
 def _counted(step: Step) -> int:
     with FlopCounterMode(display=False) as counter:
         step.make()
-    return counter.get_total_flops()
+    return counter.get_total_flops() // step.batches
 
 
 def needed(setting: Setting) -> int:
@@ -260,7 +263,7 @@ def measure(settings: list[Setting], device: torch.device, rounds: int, tensorfl
     """Time all settings turn by turn.
 
     Returns:
-        Timings, in order, and the matrix rates by precision and the copy rate ("copy"), in operations or bytes a second.
+        Timings, in order; and the matrix rate of each precision, in operations a second, with the copy rate, "copy".
     """
     steps = [Step(setting, device) for setting in settings]
     rates = {name: MatrixRate(name, device) for name in dict.fromkeys(s.precision for s in settings)}
@@ -354,6 +357,13 @@ def _ratio(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def draw(path: Path, rows: list[dict[str, object]]) -> None:
     """Time against width, a panel for each dataset and precision, with backprop's floor as a line."""
     panels = {}
@@ -444,6 +454,7 @@ def _together(setting: Setting, count: int, threads: int, how: tuple[str, float]
 
 
 def _prepare(start, threads: int) -> None:
+    """Make a process ready; `begin`, for all to start together, can only be handed over here."""
     global begin
     keep_memory()
     torch.set_num_threads(threads)
@@ -491,16 +502,12 @@ def main() -> None:
     if tensorflow:
         tensorflow.close()
     rows = as_rows(timings)
-    print(
-        f"{device_name(device)}; torch {torch.__version__}; memory {'kept' if kept else 'not kept'}; medians of", end=""
-    )
-    print(f" {arguments.rounds} rounds\n" + "; ".join(_rate_text(name, rate) for name, rate in rates.items()) + "\n")
+    memory = "kept" if kept else "not kept"
+    print(f"{device_name(device)}; torch {torch.__version__}; memory {memory}; medians of {arguments.rounds} rounds")
+    print("; ".join(_rate_text(name, rate) for name, rate in rates.items()), end="\n\n")
     print(as_table(rows), hours(rows, arguments.precisions[0]), sep="\n\n", flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.output.with_suffix(".csv"), rows)
     draw(arguments.output.with_suffix(".png"), rows)
     if arguments.side_by_side is not None:
         chosen = [setting for setting in settings if setting.rule == "backprop"]

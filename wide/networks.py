@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 PARAMETERISATIONS = ("ntk", "standard")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Parameterised:
@@ -104,7 +105,8 @@ class Convolution(Parameterised, nn.Conv2d):
 class BatchNormalisation(nn.Module):
     """Mean 0 and variance 1 over the batch, for every entry of an activity by itself.
 
-    No learned scale or shift; the statistics of the batch at hand are used in evaluation too.
+    No learned scale or shift; the statistics of the batch at hand are used in evaluation too, and are in single
+    precision at least.
 
     `sum` adds up a tensor over processes that hold parts of one batch, differentiably; None where the batch is here.
 
@@ -124,7 +126,9 @@ class BatchNormalisation(nn.Module):
         elif len(flat) < 2:
             raise ValueError("a batch of one cannot be normalised over the batch; use a batch size of at least 2")
         else:
-            flat = F.batch_norm(flat, None, None, training=True, eps=self.epsilon)
+            # Of half precision torch keeps the statistics in half, unless a scale in single precision tells it not to.
+            scale = flat.new_ones(flat.shape[1], dtype=torch.float32) if flat.dtype in HALVES else None
+            flat = F.batch_norm(flat, None, None, scale, training=True, eps=self.epsilon)
         return flat.view(last.shape).movedim(-1, 1)
 
     def _over_processes(self, flat: Tensor) -> Tensor:
