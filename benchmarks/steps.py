@@ -442,7 +442,8 @@ def side_by_side(settings: list[Setting], counts: list[int], device: str, second
     for setting in settings:
         together = [_together(setting, count, max(cores // count, 1), (device, seconds)) for count in counts]
         cells = [f"{rate:.1f}" for rate in together]
-        lines.append(f"| {setting.dataset}, {setting.rule}, width {setting.width} | {' | '.join(cells)} |")
+        place = f"{setting.dataset}, {setting.rule}, width {setting.width}, {setting.precision}"
+        lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
