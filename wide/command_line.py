@@ -15,6 +15,7 @@ from wide.datasets import ImageDataset
 from wide.devices import PRECISIONS
 from wide.experiments import Experiment, Subject
 from wide.grid import Failures, run
+from wide.memory import keep_memory
 from wide.options import PAPER_SEED, DataOptions, Options, RecordOptions, StepOptions
 from wide.processes import leave
 from wide.study import Machine, Study
@@ -47,6 +48,7 @@ def main(
         if arguments.files:
             print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
             return []
+        keep_memory()
         options = as_options(arguments, subject)
         return run(Study.of(subject, experiments, options, Machine.chosen(options)))
 

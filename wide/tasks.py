@@ -29,11 +29,13 @@ class Task:
     """Data, and how runs learn them.
 
     `columns` are the metrics of metrics.csv: "<split>_<measure>", averaged over batches. Those of the training split
-    are taken during training unless it is evaluated afterwards.
+    are taken during training unless it is evaluated afterwards. `evaluated_together`: how many batches are evaluated in
+    one call of the network; more than one where no output depends on the other examples of its batch.
     """
 
     columns: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
+    evaluated_together = 1
 
     def __init__(self, splits: dict[str, Sized], fingerprint: str, device: torch.device):
         self.splits = splits
@@ -152,6 +154,7 @@ class AddTask(Task):
 
     columns = ("train_loss", "test_loss")
     evaluations = (Evaluation("test", streamed=True), Evaluation("train", streamed=True))
+    evaluated_together = 6  # all training sequences in the published batches of 50
 
     def __init__(self, variant: str, device: torch.device):
         super().__init__(_on(device, add_sequences(variant)), f"add-{variant}", device)

@@ -146,8 +146,11 @@ class Training:
     def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
         """Measures of the network as it stands, averaged over batches in this order."""
         self.rule.eval()
-        averages = Averages()
-        for inputs, targets in self.task.batches(self.run, split, self._mine(self._batches(order)), self.epoch):
+        averages, batches = Averages(), self._mine(self._batches(order))
+        if not self.split_batches:
+            together = range(0, len(batches), self.task.evaluated_together)
+            batches = [np.concatenate(batches[k : k + self.task.evaluated_together]) for k in together]
+        for inputs, targets in self.task.batches(self.run, split, batches, self.epoch):
             with self.autocast():
                 outputs = self.rule(inputs)
             if len(targets):
