@@ -170,8 +170,8 @@ def substitute(output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]
 def _require_once() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a rule's gradient cannot be differentiated again (create_graph=True, as for gradient penalties): it is the "
-            "gradient of nothing; only Backprop allows it"
+            "a rule's gradient cannot be differentiated again (create_graph=True, as for gradient penalties): it is "
+            "the gradient of nothing; only Backprop allows it"
         )
 
 
@@ -674,7 +674,13 @@ def _by_example(error: Tensor) -> Tensor:
 
 def _project(error: Tensor, feedback: Tensor, end: _End) -> Tensor:
     """B^T e for a block: (batch, outputs) onto its shape; feedback is (outputs, *shape[1:]), or (outputs, channels)."""
-    sent = (error @ feedback.flatten(1).to(error.dtype)).unflatten(1, feedback.shape[1:])
+    # In the order of the feedback's memory, channels last for one, so that the error comes in that of the activity.
+    last = feedback.movedim(1, -1)
+    turned = feedback.dim() > 2 and last.is_contiguous()
+    rows = last if turned else feedback
+    sent = (error @ rows.flatten(1).to(error.dtype)).unflatten(1, rows.shape[1:])
+    if turned:
+        sent = sent.movedim(-1, 1)
     if feedback.dim() < len(end.shape):  # feedback onto activities that are averaged over all positions
         positions = end.shape[2:].numel()
         sent = (sent / positions).reshape(*sent.shape, *[1] * len(end.shape[2:])).expand(end.shape)
@@ -812,7 +818,7 @@ class AlignAda(_FromInitial):
         return current.connected(output, initial.errors)
 
     def _coupled(self, calls: list["Call"]) -> list[bool]:
-        """For each call of a layer: whether an error enters in front of it; and if so, where it does (`call.origin`)."""
+        """For each call of a layer: whether an error enters in front of it; where it does says `call.origin`."""
         for call in calls:
             if call.name == calls[-1].name:  # the readout: at its input
                 call.origin = None
@@ -1327,9 +1333,9 @@ class _Pass:
     """One run of a network, during which `layer` and `activation` stand in for its calls of layers and activations.
 
     The pass sees every call of torch's functions, at a cost of microseconds each; or, where the rule needs no others
-    and the first call has shown that it is enough, those that are given parameters or what is made of them. What happens
-    while gradients are disabled (inside of a torch.autograd.Function, in a torch.no_grad of the network's own) is none
-    of its business.
+    and the first call has shown that it is enough, those that are given parameters or what is made of them. What
+    happens while gradients are disabled (inside of a torch.autograd.Function, in a torch.no_grad of the network's own)
+    is none of its business.
 
     Args:
         rule: whose pass it is; it knows what was examined before.
@@ -1556,8 +1562,7 @@ class _Private(_Pass):
             raise TypeError(f"the network {FOREIGN}")
 
     def connected(self, output: Tensor, errors: Callable) -> Tensor:
-        """The output; at its gradient e the receivers get what e, and `errors(e)` at the edges that come with them, give
-        them."""
+        """The output; at its gradient e the receivers get what e, and `errors(e)` at their edges, give them."""
         if not output.requires_grad:
             return output
         out, leaves = _edge(output), [_edge(leaf) for leaf in self.leaves]
@@ -1775,8 +1780,8 @@ class _Origins:
                 return None
             else:
                 raise TypeError(
-                    f"the input of {call.name} is made by {node.name()} in a way that this rule cannot see (a scripted or "
-                    f"compiled function, for one), so that it cannot tell where it comes from; call torch's own "
+                    f"the input of {call.name} is made by {node.name()} in a way that this rule cannot see (a scripted "
+                    f"or compiled function, for one), so that it cannot tell where it comes from; call torch's own "
                     f"functions ({ANYTHING})"
                 )
         return self.activities.get((node, number))
@@ -2080,7 +2085,7 @@ LOOKUPS = {"embedding", "embedding_bag"}
 HARMLESS = LOOKUPS | {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
-# ------------------------------------------------------------------------------------- the engine: graphs and their ends
+# ------------------------------------------------------------------------------------ the engine: graphs and their ends
 
 
 class _Entrance(torch.autograd.Function):
@@ -2092,8 +2097,8 @@ class _Entrance(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         raise RuntimeError(
             "an error reaches the network's parameters past its output, from something that the network keeps (a loss "
-            "term, an activity caught by a hook, a state): the rule knows the error at the output alone; let the network "
-            "return what the loss needs, or compute it outside (Backprop, FeedbackAlignment and its kin take it)"
+            "term, an activity caught by a hook, a state): the rule knows the error at the output alone; let the "
+            "network return what the loss needs, or compute it outside (Backprop, FeedbackAlignment and its kin take it)"
         )
 
 
@@ -2182,7 +2187,7 @@ def _is_entrance(node) -> bool:
 
 
 def _saved_tensor_hooks():
-    """What handles tensors that are saved for the backward pass, as torch.autograd.graph.saved_tensors_hooks sets it."""
+    """What handles tensors saved for the backward pass, as torch.autograd.graph.saved_tensors_hooks sets it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
@@ -2303,8 +2308,8 @@ class _Routed:
             _require_copied((arguments, keywords), self.foreign)
             if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
                 raise TypeError(
-                    "the network uses its parameters past its modules (from a list of its own, for one), where AlignZero "
-                    "cannot route their gradients; use them as module.weight and so on"
+                    "the network uses its parameters past its modules (from a list of its own, for one), where "
+                    "AlignZero cannot route their gradients; use them as module.weight and so on"
                 )
 
 
@@ -2315,7 +2320,7 @@ def _value(network: nn.Module, inputs, keywords) -> Tensor:
         return _one_tensor(network(*inputs, **keywords)).detach()
 
 
-# --------------------------------------------------------------------------------- the engine: copies, state, randomness
+# -------------------------------------------------------------------------------- the engine: copies, state, randomness
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -2394,8 +2399,8 @@ def _carry_state(network: nn.Module, twin: nn.Module) -> None:
     for module, other in zip(modules, others, strict=False):
         if type(module) is not type(other) or len(modules) != len(others) or not _same_children(module, other, same):
             raise TypeError(
-                f"the network's modules have changed since the rule was made (at a {type(module).__name__}), and the rule "
-                "keeps a copy of it as it was: make the rule anew"
+                f"the network's modules have changed since the rule was made (at a {type(module).__name__}), and the "
+                "rule keeps a copy of it as it was: make the rule anew"
             )
         other.training = module.training
         for hooks in FORWARD_HOOKS:  # those that came and went since the copy was made
@@ -2507,8 +2512,8 @@ def _hooks_told(network: nn.Module):
         def looks(*arguments):
             if hook(*arguments) is not None:
                 raise RuntimeError(
-                    f"a backward hook of {name} changes gradients, which AlignAda cannot follow; let it return None, or "
-                    "change them by a hook of a tensor"
+                    f"a backward hook of {name} changes gradients, which AlignAda cannot follow; let it return None, "
+                    "or change them by a hook of a tensor"
                 )
 
         return looks
@@ -2657,16 +2662,16 @@ CHECKPOINTED = (
     "cannot follow it; switch that off (Backprop takes it)"
 )
 INSIDE = (
-    "the network computes gradients (torch.autograd.grad, backward) inside of its forward pass, where this rule would send "
-    "its own errors; compute them outside (Backprop takes it)"
+    "the network computes gradients (torch.autograd.grad, backward) inside of its forward pass, where this rule would "
+    "send its own errors; compute them outside (Backprop takes it)"
 )
 IN_PLACE_VIEW = (
-    "the network changes a view in place by an activation function (h.view(...).relu_()), which this rule cannot follow; "
-    "write it out of place"
+    "the network changes a view in place by an activation function (h.view(...).relu_()), which this rule cannot "
+    "follow; write it out of place"
 )
 TRANSFORMED = (
-    "the network calls {} inside a functional transform (torch.func, torch.vmap), where this rule cannot follow it; write "
-    f"it without ({ANYTHING})"
+    "the network calls {} inside a functional transform (torch.func, torch.vmap), where this rule cannot follow it; "
+    f"write it without ({ANYTHING})"
 )
 FOREIGN = (
     "uses a tensor that has a gradient and is none of its parameters or inputs, or that it keeps from an earlier call: "
@@ -2776,7 +2781,7 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 def _require_plain(network: nn.Module) -> None:
-    """Raise TypeError for what cannot be copied: scripted or compiled modules, lazy ones that have not seen an input."""
+    """Raise TypeError for what cannot be copied: scripted, compiled modules, lazy ones that have not seen an input."""
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{name or 'the network'} is scripted; make the rule on the module before torch.jit.script")

@@ -1,9 +1,8 @@
-"""The faster ways of networks against the plain ones; half precision."""
+"""Sequences in several batches at once; half precision."""
 
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from wide import networks
 from wide.runs import Run
@@ -13,43 +12,12 @@ from wide.training import Training
 TIME, BATCH, WIDTH = 7, 5, 6
 
 
-class Following(TorchFunctionMode):
-    """Somebody who follows the calls of torch's functions, as learning rules do."""
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        return function(*arguments, **(keywords or {}))
-
-
 def recurrent_network(dtype=torch.float32):
     torch.manual_seed(0)
     network = networks.RecurrentNetwork(WIDTH, BATCH).to(dtype)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
     return network
-
-
-@pytest.mark.parametrize("learns", [(True, True, True), (True, False, True), (False, True, False)])
-def test_the_recurrence_as_one_function(learns):
-    torch.manual_seed(0)
-    shapes = (TIME, BATCH, WIDTH), (WIDTH, WIDTH), (BATCH, WIDTH)
-    made = [
-        torch.randn(shape, dtype=torch.float64).requires_grad_(on) for shape, on in zip(shapes, learns, strict=True)
-    ]
-    plain, fast = networks.recur_step_by_step(*made), networks.Recur.apply(*made)
-    assert torch.equal(plain, fast)
-    learning = [tensor for tensor in made if tensor.requires_grad]
-    expected, found = (torch.autograd.grad(states, learning, states.detach().sin()) for states in (plain, fast))
-    for gradient, expected_gradient in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
-
-
-def test_a_recurrent_network_that_is_followed_gives_the_same():
-    network, sequences = recurrent_network(), torch.rand(BATCH, TIME)
-    with Following():
-        followed = network(sequences)
-    assert torch.equal(followed, network(sequences))
-    with torch.no_grad():
-        assert torch.equal(followed, network(sequences))
 
 
 def test_batches_of_sequences_at_once():

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 PARAMETERISATIONS = ("ntk", "standard")
 HALVES = (torch.bfloat16, torch.float16)
@@ -216,65 +215,12 @@ class RecurrentNetwork(nn.Module):
         # Time first, so that what a time step reads and writes lies together.
         driven = self.input(sequences.T.unsqueeze(-1))  # (time, batch, width)
         driven = driven + self.hidden.bias.to(driven.dtype)
-        weight, states = self.hidden.used_weight(), recur_step_by_step
-        # Unless somebody follows the calls, as learning rules do that cut or redirect errors.
-        if not has_torch_function((self.hidden.weight,)):
-            states, weight = Recur.apply, weight.to(driven.dtype)
-        start = self.initial_state.repeat(driven.shape[1] // len(self.initial_state), 1).to(driven.dtype)
-        return self.readout(states(driven, weight, start)).squeeze(-1).T
-
-
-def recur_step_by_step(driven: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-    """States s_t = relu(d_t + s_{t-1} W^T) in plain calls, a layer's in every time step.
-
-    Args:
-        driven: d, (time, batch, width).
-        weight: W, (width, width).
-        state: s_0, (batch, width).
-
-    Returns:
-        (time, batch, width)
-    """
-    states = []
-    for drive in driven.unbind():
-        state = F.relu(drive + F.linear(state, weight))
-        states.append(state)
-    return torch.stack(states)
-
-
-class Recur(torch.autograd.Function):
-    """`recur_step_by_step` as one function, whose weight gradient is one product over all time steps.
-
-    With delta_t the gradient at relu's argument and g_t that of s_t from outside:
-    delta_t = relu'(s_t) (g_t + delta_{t+1} W),  dW = sum_t delta_t^T s_{t-1}  (backpropagation through time).
-    """
-
-    @staticmethod
-    def forward(ctx, driven: Tensor, weight: Tensor, start: Tensor) -> Tensor:
-        states, transposed, state = driven.clone(), weight.T, start
-        sent = torch.empty_like(start)
-        for drive in states.unbind():
-            torch.mm(state, transposed, out=sent)
-            state = drive.add_(sent).relu_()
-        ctx.save_for_backward(states, weight, start)
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
-        states, weight, start = ctx.saved_tensors
-        deltas = gradient.clone(memory_format=torch.contiguous_format)
-        later = None
-        for delta, state in zip(reversed(deltas.unbind()), reversed(states.unbind()), strict=True):
-            if later is not None:
-                delta.addmm_(later, weight)
-            later = torch.ops.aten.threshold_backward.grad_input(delta, state, 0, grad_input=delta)
-        of_weight = of_start = None
-        if ctx.needs_input_grad[1]:
-            of_weight = torch.mm(deltas[1:].flatten(0, 1).T, states[:-1].flatten(0, 1)).addmm_(deltas[0].T, start)
-        if ctx.needs_input_grad[2]:
-            of_start = deltas[0] @ weight
-        return deltas if ctx.needs_input_grad[0] else None, of_weight, of_start
+        weight, states = self.hidden.used_weight(), []
+        state = self.initial_state.repeat(driven.shape[1] // len(self.initial_state), 1)
+        for drive in driven.unbind():
+            state = F.relu(drive + F.linear(state, weight))  # (batch, width)
+            states.append(state)
+        return self.readout(torch.stack(states)).squeeze(-1).T
 
 
 def draw(network: nn.Module, seed: int, feedback: str | None = None, image_shape: tuple[int, ...] = ()):

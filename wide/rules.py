@@ -78,7 +78,7 @@ def align_ada_arguments(run: Run, network: nn.Module) -> dict[str, object]:
 
 
 def sign_symmetry_arguments(run: Run, network: nn.Module) -> dict[str, object]:
-    """uSF's constant for the weights as they are used: NTK parameterisation scales M by 1/sqrt(fan_in), as it does W."""
+    """uSF's constant for weights as they are used: NTK parameterisation scales M by 1/sqrt(fan_in), as it does W."""
     magnitudes = {}
     for name, layer in network.named_modules():
         if isinstance(layer, Parameterised):

@@ -1,0 +1,19 @@
+"""Direct feedback and the order of memory."""
+
+import pytest
+import torch
+
+import align_rules
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_direct_feedback_is_the_same_in_either_order_of_memory(last):
+    """And where it lies channels last, as activities do, the error does so too: else every derivative turns it."""
+    torch.manual_seed(0)
+    error, feedback = torch.randn(5, 3), torch.randn(3, 4, 6, 7)
+    if last:
+        feedback = feedback.contiguous(memory_format=torch.channels_last)
+    end = align_rules._End(None, torch.Size((5, 4, 6, 7)), torch.float32, torch.device("cpu"))
+    sent = align_rules._project(error, feedback, end)
+    torch.testing.assert_close(sent, torch.einsum("be,echw->bchw", error, feedback))
+    assert sent.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
