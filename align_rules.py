@@ -2098,7 +2098,7 @@ class _Entrance(torch.autograd.Function):
         raise RuntimeError(
             "an error reaches the network's parameters past its output, from something that the network keeps (a loss "
             "term, an activity caught by a hook, a state): the rule knows the error at the output alone; let the "
-            "network return what the loss needs, or compute it outside (Backprop, FeedbackAlignment and its kin take it)"
+            "network return what the loss needs, or compute it outside (Backprop and FeedbackAlignment's kin take it)"
         )
 
 
