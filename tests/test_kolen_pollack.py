@@ -267,3 +267,18 @@ def test_the_warning_points_at_the_call():
     with pytest.warns(UserWarning, match="have changed") as told:
         rule(torch.randn(5, 6))
     assert told[0].filename == __file__
+
+
+def test_feedback_of_a_weight_that_the_network_stops_does_not_move():
+    """A weight that is detached before it is used gets no gradient from there, and its B none either."""
+
+    class Stopped(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return F.linear(inputs, self.weight.detach(), self.bias)
+
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Stopped(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    rule = KolenPollack(network)
+    gradients(rule, network, torch.randn(5, 6))
+    assert network[2].weight.grad is None
+    assert rule.feedback[1].grad is None or not rule.feedback[1].grad.any()
+    assert rule.feedback[0].grad.any()
