@@ -72,7 +72,7 @@ RuntimeError in backward(). So does differentiating twice (gradient penalties): 
 anything; only Backprop allows it.
 
 "Activation function" means one of ACTIVATIONS below; others are differentiated as they stand and end no block. Forward
-hooks of the network run in the initial network of AlignAda and AlignZero too.
+hooks that change an output run in the initial network of AlignAda and AlignZero too.
 
 `verify` checks a rule on your network, `gradient_angles` and `feedback_angles` measure how far it is from backprop.
 """
@@ -159,7 +159,12 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         _require_once()
-        return None, None, *ctx.gradients(gradient)
+        if ctx.gradients is None:
+            raise RuntimeError("this graph has been used and freed: give backward() retain_graph=True to use it again")
+        sent = ctx.gradients(gradient)
+        if not _graph_is_kept():
+            ctx.gradients = None  # which holds the graph behind the output
+        return None, None, *sent
 
 
 def substitute(output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], receivers: list[Tensor]) -> Tensor:
@@ -266,7 +271,12 @@ class LastLayer(Rule):
     def attached(self, *inputs, **keywords) -> Tensor:
         frozen = [p for name, p in self.network.named_parameters() if name not in self.learns]
         with _WithoutGraph(self.network, frozen, watched=not self.known.everything):
-            return _unwatched(self.network(*inputs, **keywords))
+            output = _unwatched(self.network(*inputs, **keywords))
+        names = {id(p): name for name, p in self.network.named_parameters() if name not in self.learns}
+        for node, through in _ends_of_graph([tensor.grad_fn for tensor in _tensors_in((output,))], set(), 0):
+            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                raise TypeError(_unseen(name, f"through {through}"))
+        return output
 
 
 class FeedbackAlignment(Rule):
@@ -393,6 +403,11 @@ class SignSymmetry(FeedbackAlignment):
             self.register_buffer("seed", _seed(generator))
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
+    def become_backprop(self) -> None:
+        if self.variant == "brSF":
+            raise ValueError("brSF draws its magnitudes anew at every call: it is backprop nowhere")
+        super().become_backprop()
+
     def stand_ins(self) -> dict[str, Tensor]:
         if self.variant == "brSF":
             self._redraw()
@@ -453,7 +468,7 @@ class KolenPollack(FeedbackAlignment):
             warnings.warn(
                 "the weights have changed and their feedback weights have not: give the optimiser rule.parameters(), "
                 "not network.parameters(), or KolenPollack is feedback alignment",
-                stacklevel=5,
+                stacklevel=6,
             )
         self.versions = versions
 
@@ -505,18 +520,24 @@ class WeightMirror(FeedbackAlignment):
         stream = torch.Generator().manual_seed(int(self.seed) + int(self.mirrored))
         self.mirrored += 1
         rate = max(self.rate, 1 / int(self.mirrored))
-        for B, estimate in zip(self.feedback, self._estimates(stream, inputs, keywords), strict=True):
-            if estimate is not None:  # the layer was called
-                B.lerp_(estimate.to(B.dtype), rate)
+        for B, (products, positions) in zip(self.feedback, self._sums(stream, inputs, keywords), strict=True):
+            met = positions != 0  # not of a layer that was not called, a tap that lies outside, a masked weight
+            B.copy_(torch.where(met, B + rate * (products / positions - B), B))
 
-    def _estimates(self, stream: torch.Generator, inputs, keywords) -> list[Tensor | None]:
+    def _sums(self, stream: torch.Generator, inputs, keywords) -> list[list[Tensor]]:
         weights = layer_weights(self.network)
         # What the network makes of ones in the weight's place (scaling, for one) tells how often a product was counted.
         ones = {name: torch.ones_like(weight, requires_grad=True) for name, weight in weights.items()}
         sums = {name: [torch.zeros_like(weight) for _ in range(2)] for name, weight in weights.items()}
 
         def layer(call: Call) -> Tensor:
-            for kind, parts in enumerate(_noise_products(call, list(ones.values()), stream)):
+            products = _noise_products(call, list(ones.values()), stream)
+            if not any(part is not None and part.isfinite().all() and part.any() for part in products[1]):
+                raise TypeError(
+                    f"the network makes the weight that it uses from {call.name} in a way that is not proportional to "
+                    "it, so that noise cannot find it; scale or mask it only"
+                )
+            for kind, parts in enumerate(products):
                 for total, part in zip(sums.values(), parts, strict=True):
                     if part is not None:
                         total[kind] += part
@@ -524,7 +545,7 @@ class WeightMirror(FeedbackAlignment):
 
         with torch.enable_grad(), _undisturbed(self.network), _Pass(self, self.network, layer, stand_ins=ones):
             self.network(*inputs, **keywords)
-        return [products / positions if positions.any() else None for products, positions in sums.values()]
+        return list(sums.values())
 
 
 def _noise_products(call: "Call", ones: list[Tensor], stream: torch.Generator):
@@ -586,14 +607,13 @@ class DirectFeedbackAlignment(Rule):
 
     def attached(self, *inputs, **keywords) -> Tensor:
         inputs, keywords = _without_gradient((inputs, keywords))  # data: e does not go back to them
-        ends: list[_End] = []
-        layer, activation = (functools.partial(handler, ends) for handler in (self.layer, self.activation))
-        with (blocks := _Private(self, self.network, layer, activation)):
+        with (blocks := _Blocks(self, self.network, self.layer, self.activation)):
             output = _one_tensor(self.network(*inputs, **keywords))
+        ends = blocks.ends
         output = blocks.examined(output)
         if not output.dim():
             raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
-        if not output.requires_grad:
+        if not blocks.in_block(output):
             raise ValueError(
                 "the network ends in an activation function, behind which its last layer would not see its own error; "
                 "apply that function outside the network"
@@ -608,15 +628,15 @@ class DirectFeedbackAlignment(Rule):
 
         return blocks.connected(output, errors)
 
-    def activation(self, ends: list["_End"], call: "ActivationCall") -> Tensor:
+    def activation(self, call: "ActivationCall") -> Tensor:
         if not call.behind_layer:  # of data, or of a parameter: part of the block that uses it
             return call.network_result()
-        return call.returned(_landed(ends, call.output(call.argument)))
+        return call.returned(call.blocks.landed(call.output(call.argument)))
 
-    def layer(self, ends: list["_End"], call: "Call") -> Tensor:
-        if call.input.requires_grad:
-            call.input = _landed(ends, call.input)
-        output = call.output(call.input)
+    def layer(self, call: "Call") -> Tensor:
+        if call.blocks.in_block(call.input):
+            call.input = call.blocks.landed(call.input)
+        output = call.output(call.input.detach())
         # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
         return output if output.requires_grad else _with_graph(output)
 
@@ -660,12 +680,6 @@ class _End(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-
-
-def _landed(ends: list[_End], activity: Tensor) -> Tensor:
-    """The activity, cut from the block that ends with it."""
-    ends.append(_End(_edge(activity), activity.shape, activity.dtype, activity.device))
-    return activity.detach()
 
 
 def _by_example(error: Tensor) -> Tensor:
@@ -745,7 +759,8 @@ class AlignZero(_FromInitial):
     def attached(self, *inputs, **keywords) -> Tensor:
         self.prepare_initial()
         again = _Again(self, inputs, keywords)
-        output = _value(self.network, inputs, keywords)
+        with _forward_hooks_noted(self.network, self.initial):
+            output = _value(self.network, inputs, keywords)
         with again as (inputs, keywords):
             return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
 
@@ -760,10 +775,9 @@ class AlignZero(_FromInitial):
             if parameter.requires_grad
         }
         foreign = [p for name, p in target.named_parameters() if name not in self.live]
-        with _Routed(self.initial, routed, foreign, self.known):
-            output = _unwatched(self.initial(*inputs, **keywords))
-        self.known.sequences.add(0)
-        return output
+        with (calls := _Routed(self.initial, routed, foreign, self.known)):
+            output = self.initial(*inputs, **keywords)
+        return calls.examined(output)
 
 
 class AlignAda(_FromInitial):
@@ -809,7 +823,7 @@ class AlignAda(_FromInitial):
         again = _Again(self, inputs, keywords, detach=True)
         current = _Private(self, self.network, layer=_cut, origins=self.coupling == "preactivation")
         inputs, keywords = current.receiving((inputs, keywords))
-        with _hooks_told(self.network), current:
+        with _hooks_told(self.network), _forward_hooks_noted(self.network, self.initial), current:
             output = _one_tensor(self.network(*inputs, **keywords))
         output = current.examined(output)
         with again as (inputs, keywords), (initial := _Replay(self, current, self._coupled(current.calls))):
@@ -871,7 +885,7 @@ def verify(
 
     Raises:
         RuntimeError: the output or some gradients differ; it names the parameters.
-        ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment).
+        ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment, SignSymmetry's brSF).
     """
     rule = copied(rule)
     if double:
@@ -892,7 +906,10 @@ def verify(
     (output, expected), (own, gradients) = found
     if not torch.equal(output, own):
         raise RuntimeError("the rule's output is not the network's own")
-    shares = {name: _share(gradients[name], gradient) for name, gradient in expected.items()}
+    largest = max((g.abs().max().item() for g in expected.values() if g is not None and g.numel()), default=0.0)
+    # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
+    floor = max(1e-4 * largest, torch.finfo(output.dtype).tiny)
+    shares = {name: _share(gradients[name], gradient, floor) for name, gradient in expected.items()}
     if tolerance is None:
         tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(output.dtype, 0.1)
     if wrong := {name: share for name, share in shares.items() if not share <= tolerance}:
@@ -903,15 +920,15 @@ def verify(
     return shares
 
 
-def _share(gradient: Tensor | None, expected: Tensor | None) -> float:
+def _share(gradient: Tensor | None, expected: Tensor | None, floor: float) -> float:
     """The largest difference, relative to the largest entry expected; a missing gradient is one of zeros."""
     if gradient is None and expected is None:
         return 0.0
-    gradient, expected = (g if g is not None else torch.zeros_like(expected if g is gradient else gradient)
-                          for g in (gradient, expected))  # fmt: skip
-    difference, largest = (t.abs().max().item() if t.numel() else 0.0 for t in (gradient - expected, expected))
-    # Below this a gradient is rounding, as for a bias in front of a normalisation.
-    return difference / max(largest, torch.finfo(expected.dtype).eps ** 0.5 * 1e-2)
+    expected = torch.zeros_like(gradient) if expected is None else expected
+    gradient = torch.zeros_like(expected) if gradient is None else gradient
+    if not expected.numel():
+        return 0.0
+    return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), floor)
 
 
 def gradient_angles(
@@ -1117,6 +1134,7 @@ class Call:
     """
 
     __slots__ = (
+        "blocks",
         "function",
         "input",
         "keywords",
@@ -1202,7 +1220,7 @@ class ActivationCall:
     learns, and not made of parameters alone.
     """
 
-    __slots__ = ("_arguments", "_function", "_keywords", "argument", "behind_layer", "output")
+    __slots__ = ("_arguments", "_function", "_keywords", "argument", "behind_layer", "blocks", "output")
 
     def __init__(self, function, arguments: tuple, keywords: Mapping, behind_layer: bool):
         self._function, self._arguments, self._keywords = function, arguments, keywords
@@ -1327,6 +1345,7 @@ class _State:
     """Whether a pass is under way. (Of the pass itself no graph may know: it would keep what it has seen.)"""
 
     open = False
+    sending = False  # the rule's own errors, in the backward pass
 
 
 class _Pass:
@@ -1382,9 +1401,10 @@ class _Pass:
         self.state.open = False
         self.context.close()
         del self.context  # it knows the pass
-        if self.refusal is not None and str(error) != self.refusal:
+        refusal = self.refusal or self.sources.refusal
+        if refusal is not None and str(error) != refusal:
             # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
-            raise TypeError(self.refusal) from error
+            raise TypeError(refusal) from error
 
     def called(self, function, arguments, keywords):
         """A call of one of torch's functions by the network."""
@@ -1565,14 +1585,60 @@ class _Private(_Pass):
         """The output; at its gradient e the receivers get what e, and `errors(e)` at their edges, give them."""
         if not output.requires_grad:
             return output
-        out, leaves = _edge(output), [_edge(leaf) for leaf in self.leaves]
+        out, leaves, state = _edge(output), [_edge(leaf) for leaf in self.leaves], self.state
 
         def gradients(e: Tensor) -> list[Tensor | None]:
             entering = [(out, e), *((edge, error) for edge, error in errors(e) if error is not None)]
             roots, grads = zip(*entering, strict=True)
-            return _gradients(roots, grads, leaves)
+            state.sending = True
+            try:
+                return _gradients(roots, grads, leaves)
+            finally:
+                state.sending = False
 
         return substitute(output, gradients, self.receivers)
+
+
+class _Blocks(_Private):
+    """DirectFeedbackAlignment's pass: blocks end where an activity lands."""
+
+    def __init__(self, rule: Rule, network: nn.Module, layer, activation):
+        super().__init__(rule, network, layer, activation)
+        self.ends: list[_End] = []
+
+    def met(self, call: Call) -> Tensor:
+        call.blocks = self
+        return super().met(call)
+
+    def activated(self, function, arguments, keywords) -> Tensor:
+        argument = arguments[0]
+        behind_layer = self.sources.find(argument) is None and self.in_block(argument)
+        call = ActivationCall(function, self.sources.twinned(arguments), keywords, behind_layer)
+        call.blocks = self
+        result = self.activation(call)
+        return result if behind_layer else self.sources.follow(self, function, arguments, keywords, result)
+
+    def landed(self, activity: Tensor) -> Tensor:
+        """The activity, cut from the block that ends with it. An error may come back to it along a skip connection, as
+        far as here, but not from a loss of its own."""
+        self.ends.append(_End(_edge(activity), activity.shape, activity.dtype, activity.device))
+        return _Seal.apply(activity, torch.empty((), requires_grad=True), self.state)
+
+    def in_block(self, tensor: Tensor) -> bool:
+        """Whether there is a layer, or anything else that learns, between a tensor and the ends of blocks before it."""
+        nodes, seen = [tensor.grad_fn], set()
+        if tensor.grad_fn is None:
+            return tensor.requires_grad
+        while nodes:
+            node = nodes.pop()
+            if node in seen or isinstance(node, _Seal._backward_cls):
+                continue
+            seen.add(node)
+            behind = [following for following, _ in node.next_functions if following is not None]
+            if node in self.followed or _is_entrance(node) or not behind or hasattr(node, "variable"):
+                return True
+            nodes += behind
+        return False
 
 
 class _Replay(_Pass):
@@ -1589,7 +1655,7 @@ class _Replay(_Pass):
         initial, network = rule.initial, rule.network
         live = {id(initial.get_parameter(name)): network.get_parameter(name).detach() for name in rule.live}
         super().__init__(rule, initial, self.alias, twins=live, everything=current.everything)
-        self.all, self.traced = current.all, _tracing()
+        self.all = current.all
         self.current, self.coupled, self.made = current, coupled, 0
         self.foreign = {id(parameter) for parameter in current.own.parameters.values()}
         self.aliases: list[tuple[GradientEdge, GradientEdge, _Origin | None]] = []  # here, in the current network
@@ -1632,11 +1698,12 @@ class _Replay(_Pass):
         index = len(self.functions)
         if index not in self.activations or function != self.current.functions[index]:
             return function(*arguments, **keywords)
-        argument = arguments[0] if arguments else keywords["input"]
-        before = _edge(argument) if argument.requires_grad else None
-        result = function(*arguments, **keywords)
-        self.activations[index] = None if before is None else (_edge(result), before)
-        return result
+        # Once more, beside the network: no hook of its tensors has a part in this derivative.
+        arguments, keywords = _spelled(arguments, keywords)
+        activate, changes = _out_of_place(function, arguments, keywords)
+        alias = _alias(arguments[0].clone() if changes else arguments[0])
+        self.activations[index] = _edge(activate(alias)), _edge(alias)
+        return function(*arguments, **keywords)
 
     def ended(self, output: Tensor) -> None:
         """The pass is over, and this is its output."""
@@ -1647,12 +1714,10 @@ class _Replay(_Pass):
 
     def errors(self, e: Tensor) -> list[tuple[GradientEdge, Tensor | None]]:
         """The edges of the current network where the initial one's errors enter, and these errors."""
-        if self.aliases is None:
-            raise RuntimeError("this graph has been used and freed: give backward() retain_graph=True to use it again")
         if not self.aliases or self.root is None:
             return []
         here, there, origins = zip(*self.aliases, strict=True)
-        found = list(zip(there, _gradients((self.root,), (e,), here, keep=True), origins, strict=True))
+        found = list(zip(there, _gradients((self.root,), (e,), here), origins, strict=True))
         entering = [(edge, error) for edge, error, origin in found if origin is None]
         inside: dict[int, list] = collections.defaultdict(list)  # by activation function
         for edge, error, origin in found:
@@ -1663,14 +1728,9 @@ class _Replay(_Pass):
             # network; then through the function itself, in the initial one.
             (origin, *_), (result, argument) = group[0], self.activations[group[0][0].index]
             _, roots, errors = zip(*group, strict=True)
-            (error,) = _gradients(roots, errors, (origin.result,), keep=True)
-            if not self.traced and result.node.next_functions == ((argument.node, argument.output_nr),):
-                sent = result.node(error)  # by itself: hooks have had their turn in the current network
-            else:
-                (sent,) = _gradients((result,), (error,), (argument,), keep=True)
+            errors = _gradients(roots, errors, (origin.result,))
+            (sent,) = _gradients((result,), errors, (argument,))
             entering.append((origin.argument, sent))
-        if not _graph_is_kept():
-            self.aliases = self.activations = self.root = None  # they keep the graph alive
         return entering
 
 
@@ -1759,7 +1819,9 @@ class _Origins:
         key = (function, positions, *map(_looks, pytree.tree_leaves((arguments, keywords))))
         if key not in self.rearranging:
             if _tracing():
-                raise RuntimeError("call the rule once on a batch before compiling it: it must look at the calls")
+                raise RuntimeError(
+                    "call the rule once on a batch, in this mode, before compiling it: it must look at the calls"
+                )
             self.rearranging[key] = _rearranges(function, arguments, keywords, positions)
         return self.rearranging[key]
 
@@ -1822,7 +1884,8 @@ REARRANGING = {
 ARITHMETIC = {
     "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "float_power", "lerp",
     "addcmul", "addcdiv", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "abs",
-    "nan_to_num", "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
+    "nan_to_num", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
     "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "iadd", "isub", "imul",
     "itruediv", "radd", "rmul", "rdiv", "rpow", "ipow", "truediv", "rtruediv", "rmatmul",
@@ -1870,7 +1933,7 @@ def _spells(digits: tuple[Tensor, ...], mirrored: Tensor, result: Tensor, probe:
         return False
     constant = digits[0] == mirrored
     if constant.all():
-        return False
+        return not constant.numel()
     digits = [torch.nan_to_num(d.real if d.is_complex() else d).long() - 1 for d in digits]
     place = sum(digit * BASE**k for k, digit in enumerate(digits)).clamp(0, len(probe) - 1)
     entries = probe.to(result.dtype)[place]
@@ -1927,6 +1990,7 @@ class _Sources:
         self.layers, self.twins = own.layers, twins
         self.strays = False  # whether some were met past the network's modules, or can be known only by every call
         self.forbidden: set[int] = set()
+        self.refusal: str | None = None
         self.known: dict[int, tuple[Tensor, _Source]] = {}  # by id; the tensors stay alive, so that their ids do
         for buffer in own.buffers:
             self.known[id(buffer)] = buffer, _Source()
@@ -1961,7 +2025,8 @@ class _Sources:
         known = self.known.get(id(tensor))
         if known is not None:
             if id(tensor) in self.forbidden:
-                raise TypeError(f"the network {FOREIGN}")
+                self.refusal = f"the network {FOREIGN}"
+                raise TypeError(self.refusal)
             return known[1]
         return _Source() if tensor.dim() == 0 and not tensor.requires_grad else None
 
@@ -2095,11 +2160,14 @@ class _Entrance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        raise RuntimeError(
-            "an error reaches the network's parameters past its output, from something that the network keeps (a loss "
-            "term, an activity caught by a hook, a state): the rule knows the error at the output alone; let the "
-            "network return what the loss needs, or compute it outside (Backprop and FeedbackAlignment's kin take it)"
-        )
+        raise RuntimeError(PAST_OUTPUT)
+
+
+PAST_OUTPUT = (
+    "an error reaches the network's parameters past its output, from something that the network keeps (a loss term, an "
+    "activity caught by a hook, a state): the rule knows the error at the output alone; let the network return what "
+    "the loss needs, or compute it outside (Backprop and FeedbackAlignment's kin take it)"
+)
 
 
 def _entrance(tensor: Tensor) -> Tensor:
@@ -2125,6 +2193,19 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
+class _Seal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, activity: Tensor, leaf: Tensor, state: "_State") -> Tensor:
+        ctx.state = state
+        return activity.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if not ctx.state.sending:
+            raise RuntimeError(PAST_OUTPUT)
+        return None, None, None
+
+
 class _WithGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, leaf: Tensor) -> Tensor:
@@ -2148,12 +2229,11 @@ def _edge(tensor: Tensor) -> GradientEdge:
     return GradientEdge(node, tensor.output_nr)
 
 
-def _gradients(roots, grads, inputs, keep: bool = False) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad inside of a backward pass, which keeps the graph if that one does; without the checks that
-    take longer than the rest where there are hundreds of roots."""
-    keep = keep or _graph_is_kept()
+def _gradients(roots, grads, inputs) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad inside of a backward pass, without the checks that take longer than the rest where there are
+    hundreds of roots. The graph is kept: whoever holds it lets go of it as a whole."""
     engine = torch.autograd.graph._engine_run_backward
-    return engine(tuple(roots), tuple(grads), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
+    return engine(tuple(roots), tuple(grads), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
 
 
 def _graph_is_kept() -> bool:
@@ -2183,7 +2263,7 @@ def _ends_of_graph(roots: Iterable, followed: set, start: int):
 
 
 def _is_entrance(node) -> bool:
-    return isinstance(node, (_Entrance._backward_cls, _WithGraph._backward_cls))
+    return isinstance(node, (_Entrance._backward_cls, _WithGraph._backward_cls, _Seal._backward_cls))
 
 
 def _saved_tensor_hooks():
@@ -2223,7 +2303,8 @@ class _WithoutGraph:
     def __init__(self, network: nn.Module, frozen: Iterable[Tensor], watched: bool):
         self.watched, self.state = watched, _State()
         self.twins = {id(p): self.twin(p.detach(), p.requires_grad, p) for p in frozen}
-        self.holding = _Inventory(network).holding(self.twins)
+        own = _Inventory(network)
+        self.holding, self.buffers = own.holding(self.twins), set(map(id, own.buffers))
 
     def __enter__(self):
         self.state.open = True
@@ -2249,9 +2330,9 @@ class _WithoutGraph:
                 Tensor.detach, function(*_map_arguments(self.leaf, arguments), **_map_arguments(self.leaf, keywords))
             )
         result = function(*arguments, **keywords)
-        if not all(type(tensor) is _Watched for tensor in tensors):
+        if not all(type(tensor) is _Watched or not tensor.dim() or id(tensor) in self.buffers for tensor in tensors):
             return result
-        with_gradient = any(tensor._with_gradient for tensor in tensors)
+        with_gradient = any(type(tensor) is _Watched and tensor._with_gradient for tensor in tensors)
         return _map_arguments(lambda t: t if type(t) is _Watched else self.twin(t, with_gradient), result)
 
     def leaf(self, tensor: Tensor) -> Tensor:
@@ -2274,9 +2355,13 @@ class _Routed:
         self.all, self.state, self.refusal = self.everything or not known.sequences, _State(), None
         if not self.everything:
             routed = {key: _named_like(tensor, _watched(tensor, self)) for key, tensor in routed.items()}
-        self.held = _Inventory(network).holding(routed)
+        own = _Inventory(network)
+        self.held, self.known, self.functions = own.holding(routed), known, []
+        self.raw = {name: p for name, p in own.parameters.items() if id(p) in routed}
 
     def __enter__(self):
+        for parameter in self.raw.values():
+            parameter.requires_grad_()  # so that the graph shows where it is used past the modules
         self.context = contextlib.ExitStack()
         self.context.enter_context(self.held)
         if self.all:
@@ -2287,6 +2372,8 @@ class _Routed:
         self.state.open = False
         self.context.close()
         del self.context
+        for parameter in self.raw.values():
+            parameter.requires_grad_(False)
         if self.refusal is not None and error is not self.refusal:
             raise self.refusal from error  # which an operator such as @ has swallowed
 
@@ -2296,7 +2383,21 @@ class _Routed:
         except TypeError as error:
             self.refusal = self.refusal or error
             raise
+        if not self.all:
+            watched = [tensor for tensor in _tensors_in((arguments, keywords)) if type(tensor) is _Watched]
+            self.functions.append((function, len(watched)))
         return function(*arguments, **keywords)
+
+    def examined(self, output):
+        """The output as plain tensors; for a new sequence of calls, without parameters used past modules."""
+        sequence = hash((self.all, *self.functions))
+        if sequence not in self.known.sequences:
+            names = {id(parameter): name for name, parameter in self.raw.items()}
+            for node, through in _ends_of_graph([tensor.grad_fn for tensor in _tensors_in((output,))], set(), 0):
+                if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                    raise TypeError(_unseen(name, f"through {through}"))
+            self.known.sequences.add(sequence)
+        return _unwatched(output)
 
     def require_routed(self, arguments, keywords) -> None:
         hooks = _saved_tensor_hooks()
@@ -2372,10 +2473,7 @@ def _kept_graphs(network: nn.Module) -> list[Tensor]:
     return [t for value in values for t in _tensors_in((value,)) if t.requires_grad and t.grad_fn is not None]
 
 
-FORWARD_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)  # fmt: skip
+PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 # What no call changes: attributes of these kinds are compared, and not copied.
 FIXED = (
     str, bytes, int, float, complex, type(None), type, enum.Enum, range, slice, torch.dtype, torch.device, torch.Size,
@@ -2403,7 +2501,7 @@ def _carry_state(network: nn.Module, twin: nn.Module) -> None:
                 "rule keeps a copy of it as it was: make the rule anew"
             )
         other.training = module.training
-        for hooks in FORWARD_HOOKS:  # those that came and went since the copy was made
+        for hooks in PRE_HOOKS:  # those that came and went since the copy was made
             if vars(module)[hooks].keys() != vars(other)[hooks].keys():
                 kept = vars(other)[hooks]
                 vars(other)[hooks] = type(kept)((k, kept.get(k, hook)) for k, hook in vars(module)[hooks].items())
@@ -2452,7 +2550,7 @@ def _undisturbed(network: nn.Module):
     """A run of the network leaves no trace: in its buffers, in what it keeps between calls, in generators."""
     buffers = {id(buffer): buffer.detach().clone() for buffer in network.buffers()}
     memo = _counterparts(network, network, {id(module): module for module in network.modules()})
-    before = [(vars(module), dict(vars(module))) for module in network.modules()]
+    before = [(held, dict(held)) for module in network.modules() for held in (vars(module), module._buffers)]
     for module, key in list(_attributes(network)):
         value = vars(module)[key]
         if not isinstance(value, (*FIXED, nn.Module)):
@@ -2501,6 +2599,34 @@ class _Again:
 
     def __exit__(self, *error):
         self.randomness.__exit__(*error)
+
+
+@contextlib.contextmanager
+def _forward_hooks_noted(network: nn.Module, twin: nn.Module):
+    """Of the network's forward hooks, a copy of it gets those that change an output in this run; others only look, and
+    shall see the network itself."""
+    changing = set()
+
+    def noted(key: int, hook: Callable) -> Callable:
+        def run(*arguments, **keywords):
+            if (result := hook(*arguments, **keywords)) is not None:
+                changing.add(key)
+            return result
+
+        return run
+
+    pairs = [(m, other) for m, other in zip(network.modules(), twin.modules(), strict=True)
+             if m._forward_hooks or other._forward_hooks]  # fmt: skip
+    before = [module._forward_hooks for module, _ in pairs]
+    for (module, _), hooks in zip(pairs, before, strict=True):
+        module._forward_hooks = type(hooks)((key, noted(key, hook)) for key, hook in hooks.items())
+    try:
+        yield
+    finally:
+        for (module, other), hooks in zip(pairs, before, strict=True):
+            module._forward_hooks, kept = hooks, other._forward_hooks
+            other._forward_hooks = type(hooks)((k, kept.get(k, h)) for k, h in hooks.items() if k in changing)
+            other._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs
 
 
 @contextlib.contextmanager
