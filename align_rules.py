@@ -1130,7 +1130,7 @@ class Call:
 
     `name` of the layer's weight; `input`; `weight`, as the network uses it; `stand_in`, what takes that one's place in
     the backward pass; `learns`, whether the weight does; `origin`, the activation that the input came out of, if it is
-    followed and if there is one.
+    followed and if there is one; `blocks`, the pass of direct feedback.
     """
 
     __slots__ = (
@@ -1138,7 +1138,6 @@ class Call:
         "function",
         "input",
         "keywords",
-        "layer",
         "learns",
         "name",
         "node",
@@ -1155,7 +1154,7 @@ class Call:
             arguments += tuple(keywords.pop(name) for name in ("input", "weight")[len(arguments) :])
         self.function, self.keywords = function, keywords
         self.input, self.weight, self.rest = arguments[0], arguments[1], arguments[2:]
-        self.name, self.layer, self.learns, self.stand_in = source
+        self.name, _, self.learns, self.stand_in = source
         self.origin = self.node = self.state = None
 
     def output(self, layer_input: Tensor) -> Tensor:
@@ -1542,7 +1541,6 @@ class _Private(_Pass):
         self.sources.forbid(_kept_graphs(network))
         self.origins = _Origins(rule.known.rearranging, self.start) if origins else None
         self.calls: list[Call] = []
-        self.given = self.handed = None
 
     def receiving(self, values):
         """The same values, where tensors that have a gradient are replaced by twins, and get theirs."""
@@ -2173,10 +2171,6 @@ PAST_OUTPUT = (
 def _entrance(tensor: Tensor) -> Tensor:
     """A tensor with its attributes, from which no error may go back but one that is asked for."""
     return _named_like(tensor, _Entrance.apply(tensor))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return _named_like(tensor, tensor.detach().requires_grad_(tensor.requires_grad))
 
 
 def _named_like(tensor: Tensor, twin: Tensor) -> Tensor:
