@@ -1810,6 +1810,8 @@ class _Origins:
         if function in REARRANGING:
             return True
         name = _name(function).strip("_")
+        if name in DROPOUTS:
+            return not _drops(arguments, keywords)
         others = [t for k, t in enumerate(pytree.tree_leaves((arguments, keywords)))
                   if k not in positions and isinstance(t, Tensor) and t.is_floating_point()]  # fmt: skip
         if name in ARITHMETIC or (name in PRODUCTS and others):
@@ -1878,12 +1880,23 @@ REARRANGING = {
     torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.contiguous,
 }  # fmt: skip
 
+# Names of functions that hand on their argument, or a copy of it, where they do not drop entries of it.
+DROPOUTS = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
+}  # fmt: skip
+
+
+def _drops(arguments: tuple, keywords: Mapping) -> bool:
+    """Whether such a call drops entries."""
+    given = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), arguments, strict=False)), **keywords}
+    return bool(given.get("train", given["training"]) and given["p"])
+
+
 # Names of functions that compute with entries, also where they happen to give them back (times one, plus zero).
 ARITHMETIC = {
     "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "float_power", "lerp",
     "addcmul", "addcdiv", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "abs",
-    "nan_to_num", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
-    "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
+    "nan_to_num", "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
     "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "iadd", "isub", "imul",
     "itruediv", "radd", "rmul", "rdiv", "rpow", "ipow", "truediv", "rtruediv", "rmatmul",
