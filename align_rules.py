@@ -1451,12 +1451,6 @@ class _Pass:
         """What the rule makes of a layer's call."""
         return self.layer(call)
 
-    def activated(self, function, arguments, keywords) -> Tensor:
-        argument = arguments[0]
-        behind_layer = argument.requires_grad and self.sources.find(argument) is None
-        result = self.activation(ActivationCall(function, self.sources.twinned(arguments), keywords, behind_layer))
-        return result if behind_layer else self.sources.follow(self, function, arguments, keywords, result)
-
     def with_parameters(self, function, arguments, keywords):
         """Any other call that may use parameters, or what is made of them."""
         arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
@@ -1616,11 +1610,14 @@ class _Blocks(_Private):
         result = self.activation(call)
         return result if behind_layer else self.sources.follow(self, function, arguments, keywords, result)
 
+    def cuts(self) -> list[GradientEdge]:
+        return [end.edge for end in self.ends]
+
     def landed(self, activity: Tensor) -> Tensor:
         """The activity, cut from the block that ends with it. An error may come back to it along a skip connection, as
         far as here, but not from a loss of its own."""
         self.ends.append(_End(_edge(activity), activity.shape, activity.dtype, activity.device))
-        return _Seal.apply(activity, torch.empty((), requires_grad=True), self.state)
+        return _Seal.apply(activity.detach(), torch.empty((), requires_grad=True), self.state)
 
     def in_block(self, tensor: Tensor) -> bool:
         """Whether there is a layer, or anything else that learns, between a tensor and the ends of blocks before it."""
