@@ -2666,6 +2666,9 @@ def _hooks_told(network: nn.Module):
             setattr(module, kind, hooks)
 
 
+_DRAWING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # networks that were seen to draw on a GPU
+
+
 class _Randomness:
     """Made before a pass and entered for the next, it makes both draw the same random numbers, as for dropout; at the
     end the generators stand where they stood when it was entered.
@@ -2677,10 +2680,19 @@ class _Randomness:
     def __init__(self, network: nn.Module):
         devices = {tensor.device for _, _, tensor in _Inventory(network).places}
         self.devices = sorted((d.type, d.index) for d in devices if d.type not in ("cpu", "meta"))
-        self.state = self.read()
+        if _capturing():  # a CUDA graph, in which the GPU's generators cannot be read: the warm-up told
+            if network in _DRAWING:
+                raise RuntimeError(
+                    "the network draws random numbers on the GPU, which a rule that runs it twice cannot repeat in a "
+                    "CUDA graph; train it without capturing"
+                )
+            self.devices = []
+        self.network, self.state = network, self.read()
 
     def __enter__(self):
         self.before = self.read()
+        if any(not torch.equal(one, other) for one, other in zip(self.state[3:], self.before[3:], strict=True)):
+            _DRAWING.add(self.network)
         self.write(self.state)
 
     def __exit__(self, *error):
@@ -2706,6 +2718,10 @@ class _Randomness:
             sys.modules["numpy"].random.set_state(state[2])
         for (kind, index), of_device in zip(self.devices, state[3:], strict=True):
             torch.get_device_module(kind).set_rng_state(of_device, *_index(index))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _index(index: int | None) -> tuple[int, ...]:

@@ -3,6 +3,9 @@
 import math
 
 import torch
+from torch import nn
+
+from wide.runs import Run
 
 
 class PublishedAdam(torch.optim.Adam):
@@ -22,3 +25,9 @@ class PublishedAdam(torch.optim.Adam):
 
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": PublishedAdam}
+
+
+def make_optimizer(run: Run, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The run's. SGD takes its step in one kernel on a GPU; Adam's number of steps would be waited for there."""
+    fused = run.optimizer == "sgd" and parameters[0].is_cuda
+    return OPTIMIZERS[run.optimizer](parameters, lr=run.learning_rate, weight_decay=run.decay, fused=fused or None)

@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wide import UserError
+from wide.capture import Captured
 from wide.devices import device_name
 from wide.networks import synchronise_normalisation
-from wide.optimizers import OPTIMIZERS
+from wide.optimizers import make_optimizer
 from wide.processes import ALONE, Processes
 from wide.recorders import Recorder
-from wide.rules import RULES
+from wide.rules import RULES, nothing_between
 from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
 from wide.tasks import Task
 
@@ -46,10 +47,21 @@ class Training:
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
-        self.optimizer = OPTIMIZERS[run.optimizer](learning, lr=run.learning_rate, weight_decay=run.decay)
+        self.optimizer = make_optimizer(run, learning)
+        self.captured = Captured(lambda *batch: self.update([batch]), task.device) if self.can_be_captured() else None
         self.stream = np.random.RandomState(run.seed)
         self.epoch = 0
         self.aside_seconds = 0.0  # of this epoch, on recorders
+
+    def can_be_captured(self) -> bool:
+        """Whether a step is the same work on the same memory every time, on a GPU.
+
+        Adam's bias correction is a number of Python's, the noise of a mirror step comes from the CPU, and a step of
+        several batches or processes is made of parts.
+        """
+        alone = self.run.batches == 1 and self.processes.count == 1
+        plain = RULES[self.run.rule].between_steps is nothing_between and type(self.optimizer) is torch.optim.SGD
+        return self.task.device.type == "cuda" and alone and plain
 
     def state(self) -> dict:
         """What a checkpoint holds."""
@@ -96,8 +108,15 @@ class Training:
             last: of an epoch; recorders see its gradients.
 
         Returns:
-            Outputs, targets and mean loss of this process' examples.
+            Outputs, targets and mean loss of this process' examples; the next step may write over them.
         """
+        if self.captured is None or (last and self.recorders):
+            return self.update(batches, last)
+        (batch,) = batches
+        return self.captured(*batch)
+
+    def update(self, batches: Iterable[tuple[Tensor, Tensor]], last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """A step, operation by operation."""
         alone = self.run.batches == 1 and self.processes.count == 1
         made = []
         self.optimizer.zero_grad(set_to_none=True)
