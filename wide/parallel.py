@@ -242,13 +242,9 @@ def _require_same_files(ray: ModuleType, study: Study) -> None:
     with writing(study.outputs):
         marker.touch()
     try:
-        answers = {
-            host: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                marker, data
-            )
-            for node, host in others.items()
-        }
-        for host, answer in answers.items():
+        there = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in others}
+        answers = {node: task.options(scheduling_strategy=there[node]).remote(marker, data) for node in others}
+        for node, answer in answers.items():
             try:
                 found = ray.get(answer, timeout=ANSWER)
             except ray.exceptions.RayError as error:
