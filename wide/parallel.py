@@ -217,6 +217,8 @@ def _connect(ray: ModuleType, study: Study, logs: Path | None) -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
     settings = {"runtime_env": {"env_vars": variables}, "log_to_driver": False, "logging_level": logging.CRITICAL}
+    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+        raise UserError("RAY_ADDRESS is of Ray's client; start on a machine of the cluster, with its host:port there")
     if logs:
         settings |= {"address": "local", "num_cpus": usable_cores(), "object_store_memory": OBJECT_STORE}
         settings |= {"include_dashboard": False, "_temp_dir": str(logs)}
