@@ -164,7 +164,7 @@ def test_each_run_is_trained_once_and_a_failing_one_is_told(tmp_path, alone):
     assert err.startswith(f"failed: {broken.run.name}: ")
     assert "error.txt" in err
     assert_each_trained(tmp_path, alone)
-    assert len(re.findall(r": done at epoch 40, .*\\[[1-4] of 5 runs done", out)) == 4
+    assert len(re.findall(r": done at epoch 40, .*\[[1-4] of 5 runs done", out)) == 4
     assert (tmp_path / "add" / "experiment_1.md").read_text() in out
 
 

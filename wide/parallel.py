@@ -80,11 +80,6 @@ def train_side_by_side(study: Study, missing: list[RunFolder], pace: Pace) -> Fa
             say(f"{places}{'; widest first' if folders != missing else ''}")
             with Driver(places, folders, pace) as driver:
                 return driver.work()
-    except Terminated:
-        print("terminated; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-        raise
     except ray.exceptions.RayError as error:
         raise UserError(f"Ray gave up ({first_line(error)}); the same command goes on") from error
 
@@ -168,14 +163,6 @@ def look_around(marker: Path, data: Path | None) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ a cluster
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-def _terminate(*_) -> None:
-    raise Terminated
-
-
 @contextlib.contextmanager
 def cluster(ray: ModuleType, study: Study) -> Iterator["Places"]:
     """Connected to the Ray cluster that runs here, else to one of this machine alone, which ends with this.
@@ -190,7 +177,7 @@ def cluster(ray: ModuleType, study: Study) -> Iterator["Places"]:
     places = Places(ray, study, logs)
     try:
         _connect(ray, study, logs)
-        signal.signal(signal.SIGTERM, _terminate)  # after Ray, which sets its own
+        signal.signal(signal.SIGTERM, places.terminate)  # after Ray, which sets its own
         if not places.slots():
             raise UserError(f"no machine here has {places.share_text}; start fewer at a time, or on another --device")
         _require_same_files(ray, study)
@@ -202,6 +189,10 @@ def cluster(ray: ModuleType, study: Study) -> Iterator["Places"]:
         signal.signal(signal.SIGTERM, previous)
         if logs and not places.keep_logs:
             shutil.rmtree(logs, ignore_errors=True)
+        if places.terminated:
+            print("terminated; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _started() -> bool:
@@ -262,6 +253,7 @@ class Places:
 
     Attributes:
         keep_logs: whether Ray's logs stay, where it was started here.
+        terminated: whether SIGTERM has ended this process' work.
 
     Args:
         study: for processes elsewhere.
@@ -269,10 +261,16 @@ class Places:
     """
 
     def __init__(self, ray: ModuleType, study: Study, logs: Path | None):
-        self.ray, self.study, self.logs, self.keep_logs = ray, study, logs, False
+        self.ray, self.study, self.logs = ray, study, logs
+        self.keep_logs = self.terminated = False
         self.on_gpus = study.machine.device.type == "cuda"
         self.packed = ray.cloudpickle.dumps(study)
         self.task = ray.remote(num_returns="streaming", max_retries=0, scheduling_strategy="SPREAD")(train_placed)
+
+    def terminate(self, *_) -> None:
+        """A handler of SIGTERM. Ray makes a plain KeyboardInterrupt of whatever is raised while it waits."""
+        self.terminated = True
+        raise KeyboardInterrupt
 
     def share(self, times: int = 1) -> dict[str, float]:
         """The part of a machine that a run takes, or so many times that."""
