@@ -344,7 +344,7 @@ class Driver:
         self.times: dict[RunFolder, int] = {}  # shares of a machine that a run takes, where it is not one
         self.failures: Failures = []
         self.done, self.told_waiting, self.noted = 0, False, set()
-        self.board = Board()
+        self.board = Board(min(places.slots(), SHOWN))
 
     def __enter__(self) -> "Driver":
         return self
@@ -506,19 +506,20 @@ class Driver:
 
 
 class Board:
-    """Progress in one place: lines that change on a terminal; elsewhere a line from time to time."""
+    """Progress in one place: lines that change on a terminal, one and so many for runs; elsewhere one now and then."""
 
-    def __init__(self):
+    def __init__(self, runs: int):
         form = {"bar_format": "{desc}", "leave": False, "disable": None, "dynamic_ncols": True}
-        self.bars = [tqdm(position=place, **form) for place in range(1 + SHOWN)]
+        self.bars = [tqdm(position=place, **form) for place in range(1 + runs)]
         self.told = time.monotonic()
 
     def show(self, summary, lines) -> None:
         """What these functions say."""
         if not self.bars[0].disable:
             shown = lines()
-            more = [f"and {len(shown) - SHOWN + 1} more"] if len(shown) > SHOWN else []
-            texts = [summary(), *(f"  {line}" for line in [*shown[: SHOWN - len(more)], *more])]
+            room = len(self.bars) - 1
+            more = [f"and {len(shown) - room + 1} more"] if len(shown) > room else []
+            texts = [summary(), *(f"  {line}" for line in [*shown[: room - len(more)], *more])]
             for bar, text in itertools.zip_longest(self.bars, texts, fillvalue=""):
                 bar.set_description_str(text)
         elif time.monotonic() - self.told >= TELL:
