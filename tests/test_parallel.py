@@ -214,6 +214,6 @@ def test_a_machine_of_a_cluster_is_lost(tmp_path, alone):
     finally:
         cluster.shutdown()
     assert (status, err) == (0, "")
-    assert "2 at a time on 2 machines" in out
+    assert "2 runs at a time on 2 machines" in out
     assert "it goes on from its last checkpoint" in out
     assert_each_trained(tmp_path, alone, sessions=2)

@@ -303,10 +303,10 @@ class Places:
 
     def __str__(self) -> str:
         parallel, machines = self.study.options.parallel, self.machines()
-        where = f"on {len(machines)} machines" if len(machines) > 1 else "on this machine"
+        where = f"on {len(machines)} machine{'s' * (len(machines) > 1)}" if self.logs is None else "here"
         threads = "1 thread" if parallel.threads == 1 else f"{parallel.threads} threads"
         each = f"{parallel.runs_per_gpu} on each GPU" if self.on_gpus else f"{threads} each"
-        return f"{sum(machines)} at a time {where}, {each}"
+        return f"{sum(machines)} runs at a time {where}, {each}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the driver
