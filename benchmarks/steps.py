@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ import train_add
 import train_cifar
 import train_kmnist
 from wide.datasets import Split
-from wide.devices import choose_device, choose_precision, device_name
+from wide.devices import choose_device, choose_precision, device_name, usable_cores
 from wide.experiments import Experiment, Subject
 from wide.memory import keep_memory
 from wide.rules import RULES
@@ -435,12 +434,13 @@ def at_width(times: Mapping[int, float], width: int) -> float:
 
 
 def side_by_side(settings: list[Setting], counts: list[int], device: str, seconds: float) -> str:
-    """Steps a second of all runs together, for several numbers of runs at once that share the cores; a table."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    heads = [f"{count} of {max(cores // count, 1)} threads" for count in counts]
+    """Steps a second of all runs together: one of one thread, and several numbers that share the cores; a table."""
+    cores = usable_cores()
+    placed = list(dict.fromkeys([(1, 1), *((count, max(cores // count, 1)) for count in counts)]))
+    heads = [f"{count} with {threads} thread{'s' * (threads > 1)}" for count, threads in placed]
     lines = [f"| steps a second | {' | '.join(heads)} |", "|---" * (len(counts) + 1) + "|"]
     for setting in settings:
-        together = [_together(setting, count, max(cores // count, 1), (device, seconds)) for count in counts]
+        together = [_together(setting, count, threads, (device, seconds)) for count, threads in placed]
         cells = [f"{rate:.1f}" for rate in together]
         place = f"{setting.dataset}, {setting.rule}, width {setting.width}, {setting.precision}"
         lines.append(f"| {place} | {' | '.join(cells)} |")
@@ -512,7 +512,7 @@ def main() -> None:
     draw(arguments.output.with_suffix(".png"), rows)
     if arguments.side_by_side is not None:
         chosen = [setting for setting in settings if setting.rule == "backprop"]
-        print("", side_by_side(chosen, arguments.side_by_side or [1, 2], arguments.device, seconds=5), sep="\n")
+        print("", side_by_side(chosen, arguments.side_by_side or [1, 2], arguments.device, seconds=10), sep="\n")
 
 
 def _rate_text(name: str, rate: float) -> str:

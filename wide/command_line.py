@@ -16,7 +16,7 @@ from wide.devices import PRECISIONS
 from wide.experiments import Experiment, Subject
 from wide.grid import Failures, run
 from wide.memory import keep_memory
-from wide.options import PAPER_SEED, DataOptions, Options, RecordOptions, StepOptions
+from wide.options import PAPER_SEED, DataOptions, Options, ParallelOptions, RecordOptions, StepOptions
 from wide.processes import leave
 from wide.study import Machine, Study
 
@@ -88,6 +88,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
             score_epochs=_unrepeated(arguments.score_epochs),
             shuffle_seed=arguments.shuffle_seed,
         ),
+        parallel=_parallel(arguments),
         device=arguments.device,
         precision=arguments.precision,
         outputs=arguments.outputs,
@@ -95,6 +96,21 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
         quick=arguments.quick,
         action="profile" if arguments.profile else "list" if arguments.list else "train",
     )
+
+
+def _parallel(arguments: argparse.Namespace) -> ParallelOptions | None:
+    """
+    Raises:
+        UserError: an option that needs another, or contradicts it.
+    """
+    given = {name: value for name in ("runs_per_gpu", "threads_per_run") if (value := vars(arguments)[name])}
+    if not arguments.parallel:
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} is for runs side by side; add --parallel")
+        return None
+    if arguments.profile:
+        raise UserError("--profile measures one process; leave out --parallel")
+    return ParallelOptions(arguments.runs_per_gpu or 1, arguments.threads_per_run or 1)
 
 
 def _unrepeated(value):
@@ -114,6 +130,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     _add_grid(parser, subject)
     _add_records(parser, subject)
     _add_settings(parser, subject)
+    _add_placing(parser)
     if subject.distributed:
         _add_steps(parser)
     if subject.from_files:
@@ -164,6 +181,14 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
     add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
     add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
+
+
+def _add_placing(parser: argparse.ArgumentParser) -> None:
+    """Of runs, side by side."""
+    add = parser.add_argument
+    add("--parallel", action="store_true", help="runs side by side, on all cores or GPUs (docs/parallel.md)")
+    add("--runs-per-gpu", type=positive_int, metavar="N", help="with --parallel (default 1)")
+    add("--threads-per-run", type=positive_int, metavar="N", help="with --parallel, of a processor (default 1)")
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:

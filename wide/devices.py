@@ -1,5 +1,6 @@
 """Where and how precisely a run is computed: choosing a device and a precision."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -52,3 +53,14 @@ def device_name(device: torch.device) -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.processor() or "CPU"
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: what its affinity and, in a container, its quota leave it."""
+    # macOS and Windows do not say which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(min(cores, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # none, or no limit: "max"
+        return cores

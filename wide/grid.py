@@ -1,6 +1,7 @@
 """Carrying out a study: what is missing of its grid, training it, what failed, and how long it takes."""
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,8 @@ def run(study: Study) -> Failures:
         UserError: a wrong command line, missing data, or an outputs folder that cannot be used.
     """
     processes = study.processes
+    if study.options.parallel and processes.count > 1:
+        raise UserError("--parallel trains each run in one process; start it without torchrun")
     if study.options.action == "profile":
         from wide.throughput import profile  # torchvision takes seconds to import
 
@@ -51,6 +54,8 @@ def run_as_leader(study: Study) -> Failures:
         print_list(study)
         return []
     require_kept_epochs(study)
+    if study.options.parallel:
+        require_placing(study)
     study.experiment.report.check(study)
     if study.subject.distributed:
         require_same_batches(study.options.step, study.folders)
@@ -67,6 +72,15 @@ def require_kept_epochs(study: Study) -> None:
     """Raise UserError, before any training, for epochs that are asked to be kept but will not be trained."""
     if any(epoch > study.epochs for epoch in study.options.record.keep or ()):
         raise UserError(f"--keep-parameters: training ends at epoch {study.epochs}")
+
+
+def require_placing(study: Study) -> None:
+    """Raise UserError, before any training, where runs cannot be placed side by side."""
+    from wide.parallel import import_ray  # an optional extra
+
+    if study.experiment.timed:
+        raise UserError("the time of an epoch is measured here, which runs side by side would stretch; no --parallel")
+    import_ray()
 
 
 def print_list(study: Study) -> None:
@@ -87,47 +101,74 @@ def train_missing(study: Study) -> Failures:
     if not missing:
         return []
     study.processes.send(PREPARE)
-    task, failures = study.task(), []
+    task = (study.on_the_processor() if study.options.parallel else study).task()
     require_trainable(study, task, missing)
     if study.kept_epochs:
         require_space(study, task, missing)
     count = f"{len(missing)} of {len(study.folders)} runs to train, {study.epochs} epochs each"
     print(f"{study.title}: {count}", flush=True)
-    progress = Progress(study, Pace(len(task.splits["train"]), study.epochs), missing)
-    for folder in tqdm(missing, "runs", unit="run", leave=False, disable=None):
-        if folder.status(study.epochs) in FINISHED:
-            continue  # another process has trained it meanwhile
-        message, reason = train_one(study, task, folder, progress)
-        if reason:
-            failures.append((folder, reason))
-        if reason and study.processes.working_now:
-            _say(f"{message}  [the other processes cannot go on]")
-            break
-        _say(message + progress.rest(folder))
+    pace = Pace(len(task.splits["train"]), study.epochs)
+    if study.options.parallel:
+        from wide.parallel import train_side_by_side  # an optional extra
+
+        del task  # the workers have their own
+        failures = train_side_by_side(study, missing, pace)
+    else:
+        failures = train_in_turn(study, task, missing, pace)
     # What another process was training may be done by now.
     return [(folder, reason) for folder, reason in failures if folder.status(study.epochs) not in FINISHED]
 
 
-def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress") -> tuple[str, str | None]:
-    """Train one run.
+def train_in_turn(study: Study, task: Task, missing: list[RunFolder], pace: Pace) -> Failures:
+    """Train these runs one after the other."""
+    progress, failures = Progress(study, pace, missing), []
+    for folder in tqdm(missing, "runs", unit="run", leave=False, disable=None):
+        if folder.status(study.epochs) in FINISHED:
+            continue  # another process has trained it meanwhile
+        outcome = train_one(study, task, folder, progress)
+        if outcome.reason:
+            failures.append((folder, outcome.reason))
+        if outcome.reason and study.processes.working_now:
+            say(f"{outcome.message}  [the other processes cannot go on]")
+            break
+        say(outcome.message + progress.rest(folder))
+    return failures
 
-    Returns:
-        A line that says how it went, and if it is not finished the reason.
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the training of a run went.
+
+    Args:
+        message: a line that says it.
+        reason: if the run is not finished, why.
+        busy: another process is training it.
     """
+
+    message: str
+    reason: str | None = None
+    busy: bool = False
+
+
+def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress | None" = None) -> Outcome:
+    """Train one run; an error is part of the outcome, and its traceback of the run's folder."""
+    name = folder.run.name
     try:
         if study.experiment.timed:
             warm_up(task, folder.run)
-        progress.pace.start()
-        train(task, folder, study.epochs, [*study.recorders(), progress], study.processes)
+        if progress:
+            progress.pace.start()
+        recorders = [*study.recorders(), *([progress] if progress else [])]
+        train(task, folder, study.epochs, recorders, study.processes)
         if (status := folder.status(study.epochs)) not in FINISHED:
-            return f"{folder.run.name}: {status}", status
-        return summary_line(folder, study.epochs), None
+            return Outcome(f"{name}: {status}", status)
+        return Outcome(summary_line(folder, study.epochs))
     except Busy:
-        return f"{folder.run.name}: left to the process that is training it", "another process is training it"
+        return Outcome(f"{name}: left to the process that is training it", "another process is training it", busy=True)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
             folder.error_path.write_text(traceback.format_exc())
-        return f"{folder.run.name}: failed: {_first_line(error)}", f"{_first_line(error)}; see {folder.error_path}"
+        return Outcome(f"{name}: failed: {first_line(error)}", f"{first_line(error)}; see {folder.error_path}")
 
 
 class Progress(Recorder):
@@ -141,7 +182,7 @@ class Progress(Recorder):
         self.pace.epoch(folder.run)
         left = self.missing[self.missing.index(folder) :]
         if self.pace.seen and not self.announced and len(left) > 1:
-            _say(f"about {duration(self.pace.left(left))} left, judging by the first epochs")
+            say(f"about {duration(self.pace.left(left))} left, judging by the first epochs")
             self.announced = True
 
     def rest(self, folder: RunFolder) -> str:
@@ -177,12 +218,14 @@ def require_space(study: Study, task: Task, missing: list[RunFolder]) -> None:
         raise UserError(f"{study.outputs} has not that much space; use fewer --widths or another --outputs")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Print a line above whatever bars there are."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line."""
     text = str(error).strip().splitlines()
     return (text[0] if isinstance(error, UserError) else f"{type(error).__name__}: {text[0]}") if text else repr(error)
 

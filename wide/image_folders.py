@@ -19,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from wide import UserError
+from wide.devices import usable_cores
 from wide.processes import Processes
 from wide.runs import Run
 from wide.tasks import ClassificationTask, Evaluation
@@ -205,9 +206,7 @@ class FolderTask(ClassificationTask):
 
 def _cores() -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # macOS and Windows do not say which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // processes, 1)
+    return max(usable_cores() // processes, 1)
 
 
 def _fingerprint(splits: dict[str, Images], data_dir: Path) -> str:

@@ -53,6 +53,19 @@ class RecordOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelOptions:
+    """How many runs are trained side by side.
+
+    Args:
+        runs_per_gpu: on each GPU.
+        threads: of a processor, for each run; on a processor also its share of the cores.
+    """
+
+    runs_per_gpu: int = 1
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """The command line of a training or alignment script.
 
@@ -60,6 +73,7 @@ class Options:
         experiment: its number.
         network: the kind: cnn, mlp or rnn.
         data, step, record: see there.
+        parallel: how runs are placed side by side; None for one after the other.
         device, precision: as given; "auto" among them.
         outputs: where results go.
         grid: values that replace the experiment's own, by the names of its axes and settings.
@@ -72,6 +86,7 @@ class Options:
     data: DataOptions
     step: StepOptions = StepOptions()
     record: RecordOptions = RecordOptions()
+    parallel: ParallelOptions | None = None
     device: str = "auto"
     precision: str = "auto"
     outputs: Path = Path("outputs")

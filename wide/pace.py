@@ -1,9 +1,11 @@
 """How long the rest of a grid will take."""
 
+import heapq
 import math
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 
 from wide.runs import Run, RunFolder
 
@@ -26,13 +28,20 @@ class Pace:
     def epoch(self, run: Run) -> None:
         now = time.monotonic()
         if self.clock is not None:
-            self.seen[run.width].append((now - self.clock) / self.steps(run))
+            self.saw(run, now - self.clock)
         self.clock = now
+
+    def saw(self, run: Run, seconds: float) -> None:
+        """An epoch of the run took so long."""
+        self.seen[run.width].append(seconds / self.steps(run))
 
     def steps(self, run: Run) -> float:
         return max((run.data_limit or self.examples) / (run.batch_size * run.batches), 1)
 
     def step_seconds(self, width: int) -> float:
+        """With nothing seen yet, in a unit of its own."""
+        if not self.seen:
+            return width
         means = {seen: statistics.fmean(times) for seen, times in sorted(self.seen.items())}
         if width in means:
             return means[width]
@@ -47,6 +56,14 @@ class Pace:
         """Seconds for what these runs still lack."""
         lacking = {folder.run: self.epochs - folder.progress()[0] for folder in folders}
         return sum(epochs * self.steps(run) * self.step_seconds(run.width) for run, epochs in lacking.items())
+
+
+def makespan(durations: Iterable[float], slots: int) -> float:
+    """When the last of these is over, where each starts, in this order, in the first slot that is free."""
+    free = [0.0] * slots
+    for length in durations:
+        heapq.heapreplace(free, free[0] + length)
+    return max(free)
 
 
 def _power(narrower: int, wider: int, seconds: float, more_seconds: float) -> float:

@@ -122,6 +122,10 @@ class Study:
         """
         return self.subject.task(self.options.data, self.machine.device)
 
+    def on_the_processor(self) -> "Study":
+        """The same runs, where data are only looked at, and take no memory of a GPU."""
+        return dataclasses.replace(self, machine=dataclasses.replace(self.machine, device=torch.device("cpu")))
+
     @property
     def kept_epochs(self) -> tuple[int, ...]:
         """Those whose parameters are kept."""
