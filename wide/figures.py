@@ -8,6 +8,7 @@ Figures are matplotlib's objects, without pyplot: whatever backend a notebook or
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 
+from wide.distance_report import TITLES, predicted_slope
 from wide.rules import RULES
 from wide.tables import Cell, Table, section_text
 
@@ -303,3 +305,51 @@ def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
     if any(spread):
         bars = {"ecolor": style["color"], "elinewidth": 1, "capsize": 3, "alpha": style.get("alpha", 1)}
         panel.errorbar(places, means, spread, fmt="none", **bars)
+
+
+def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str, ...]) -> None:
+    """Distance from theory against width, both logarithmic: a row per quantity, a column per layer, a line per rule.
+
+    The dashed grey line has the slope that theory predicts.
+
+    Args:
+        lines: distance_report.Line by (quantity, layer, rule).
+    """
+    figure = Figure(figsize=(1.6 + 3.4 * len(layers), 3.0 * len(TITLES) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(TITLES), len(layers), sharex=True, sharey="row", squeeze=False)
+    for (quantity, what), panels in zip(TITLES.items(), rows, strict=True):
+        for layer, panel in zip(layers, panels, strict=True):
+            found = {rule: line for (q, place, rule), line in lines.items() if (q, place) == (quantity, layer)}
+            panel.set_title(layer if panel in rows[0] else "", fontsize=10)
+            if found:
+                _draw_distance(panel, found, predicted_slope(quantity, layer, layers))
+            else:
+                panel.text(0.5, 0.5, "does not change", ha="center", transform=panel.transAxes, color=GREY, fontsize=9)
+            _plain(panel)
+        panels[0].set_ylabel("\n".join(textwrap.wrap(what, 26)))
+    for panel in rows[-1]:
+        panel.set_xlabel("width")
+    _legend(figure)
+    counts = sorted({count for line in lines.values() for count in line.counts})
+    bars = f"bars: standard deviation over n = {counts[0]} to {counts[-1]} seeds" if counts[-1] > 1 else "one seed"
+    _save(figure, f"{title}\n({bars}; in the panels: fitted slopes)", file)
+
+
+def _draw_distance(panel, lines: Mapping, theory: float) -> None:
+    widths = sorted({width for line in lines.values() for width in line.widths})
+    for rule, line in lines.items():
+        spec = RULES[rule]
+        panel.plot(line.widths, line.means, label=spec.title, markersize=4, **spec.style)
+        bars = {"fmt": "none", "ecolor": spec.color, "elinewidth": 1, "capsize": 2}
+        panel.errorbar(line.widths, line.means, line.deviations, **bars)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(widths, [str(width) for width in widths])
+    panel.xaxis.set_minor_locator(NullLocator())
+    top = max(max(line.means) for line in lines.values())
+    through = [top * 1.3 * (width / widths[0]) ** theory for width in widths]
+    panel.plot(widths, through, color=GREY, linestyle="--", linewidth=1.2, label="slope of theory, 1/sqrt(width) or 1/width")
+    panel.text(widths[-1], through[-1], f"{theory:g}", color=GREY, fontsize=8, va="bottom", ha="right")
+    slopes = [f"{RULES[rule].title} {line.slope:.2f}" for rule, line in lines.items() if line.slope is not None]
+    panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom")
