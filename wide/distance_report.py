@@ -177,7 +177,11 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") 
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():
         widths = sorted({w for (q, _, _), line in lines.items() if q == quantity for w in line.widths})
-        text += [f"## {what}", "", "| layer | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |"]
+        text += [
+            f"## {what}",
+            "",
+            "| layer | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
+        ]
         text.append("|---" * (4 + len(widths)) + "|")
         for (_, layer, rule), line in sorted(
             ((key, line) for key, line in lines.items() if key[0] == quantity), key=lambda pair: pair[0][1]

@@ -310,7 +310,7 @@ def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
 def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str, ...]) -> None:
     """Distance from theory against width, both logarithmic: a row per quantity, a column per layer, a line per rule.
 
-    The dashed grey line has the slope that theory predicts.
+    The dotted grey line has the slope that theory predicts.
 
     Args:
         lines: distance_report.Line by (quantity, layer, rule).
@@ -327,6 +327,8 @@ def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str
             else:
                 panel.text(0.5, 0.5, "does not change", ha="center", transform=panel.transAxes, color=GREY, fontsize=9)
             _plain(panel)
+        bottom, top = panels[-1].get_ylim()
+        panels[-1].set_ylim(bottom / 3, top)  # room for the slopes
         panels[0].set_ylabel("\n".join(textwrap.wrap(what, 26)))
     for panel in rows[-1]:
         panel.set_xlabel("width")
@@ -347,9 +349,12 @@ def _draw_distance(panel, lines: Mapping, theory: float) -> None:
     panel.set_yscale("log")
     panel.set_xticks(widths, [str(width) for width in widths])
     panel.xaxis.set_minor_locator(NullLocator())
-    top = max(max(line.means) for line in lines.values())
+    of_theory = [line for rule, line in lines.items() if RULES[rule].feedback is None] or list(lines.values())
+    top = max(max(line.means) for line in of_theory)
     through = [top * 1.3 * (width / widths[0]) ** theory for width in widths]
-    panel.plot(widths, through, color=GREY, linestyle="--", linewidth=1.2, label="slope of theory, 1/sqrt(width) or 1/width")
+    of_theory = {"color": GREY, "linestyle": (0, (1, 1)), "linewidth": 2, "label": "slope of theory"}
+    panel.plot(widths, through, **of_theory)
     panel.text(widths[-1], through[-1], f"{theory:g}", color=GREY, fontsize=8, va="bottom", ha="right")
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
     slopes = [f"{RULES[rule].title} {line.slope:.2f}" for rule, line in lines.items() if line.slope is not None]
-    panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom")
+    panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom", bbox=box)

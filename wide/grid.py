@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.batches import note_other_batches, require_same_batches
+from wide.evaluation import evaluate
 from wide.pace import Pace, duration
 from wide.recorders import Recorder
 from wide.runs import FINISHED, Busy, RunFolder, writing
@@ -50,6 +51,8 @@ def run_as_leader(study: Study) -> Failures:
     if study.options.action == "list":
         print_list(study)
         return []
+    if study.options.action == "evaluate":
+        return evaluate(study)
     require_kept_epochs(study)
     study.experiment.report.check(study)
     if study.subject.distributed:
