@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from align_rules import RULES
-from wide import UserError
+from wide import UserError, collecting
 from wide.alignment_report import score_files
 from wide.datasets import ImageDataset
 from wide.devices import PRECISIONS
@@ -93,7 +93,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
         outputs=arguments.outputs,
         grid={name: _unrepeated(value) for name, value in given.items()},
         quick=arguments.quick,
-        action=next((name for name in ("profile", "list", "evaluate") if vars(arguments)[name]), "train"),
+        action=next((name for name in ("profile", "list", "evaluate", "report") if vars(arguments)[name]), "train"),
     )
 
 
@@ -123,6 +123,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add("--list", action="store_true", help="print the runs and their state; train nothing")
     evaluated = "measure finished runs anew, from what they kept, and say whether metrics.csv is met; train nothing"
     add("--evaluate", action="store_true", help=evaluated)
+    add("--report", action="store_true", help="make table and figure of what is there; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
     return parser
 
@@ -231,6 +232,24 @@ def setup(
     sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
     print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
     print(f"fingerprint {data.fingerprint}")
+    return 0
+
+
+def collect(description: str, argv: Sequence[str] | None = None) -> int:
+    """Run the command line of collect_results.py.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line message on stderr.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description.strip(), formatter_class=formatter)
+    parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
+    arguments = parser.parse_args(argv)
+    try:
+        print(collecting.collect(arguments.outputs))
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,7 +1,8 @@
-"""How far finite networks are from the theory of infinitely wide ones, against width, after a fixed number of updates.
+"""How far networks are from the theory of infinitely wide ones, against width, after a fixed number of updates.
 
-What theory predicts, for hidden layers of width n in NTK parameterisation, z = W a / sqrt(n) with W of order 1. The error
-at a hidden activity is of order 1/sqrt(n) (it comes through the readout's 1/sqrt(n)), so a fixed number of updates changes
+What theory predicts, for hidden layers of width n in NTK parameterisation, z = W a / sqrt(n) with W of order 1. The
+error at a hidden activity is of order 1/sqrt(n) (it comes through the readout's 1/sqrt(n)), so a fixed number of
+updates changes
 
 - an entry of a hidden weight (n x n) by (error 1/sqrt(n)) x (activity 1) / sqrt(n) = 1/n: in Frobenius norm by 1, where
   the weight has n. The relative change falls like 1/n. (Its operator norm, also 1, is compared with sqrt(n).)
@@ -9,11 +10,12 @@ at a hidden activity is of order 1/sqrt(n) (it comes through the readout's 1/sqr
   the weight has sqrt(n). Their relative change falls like 1/sqrt(n).
 - an activity, through these weights, by 1/sqrt(n). It is of order 1, so its relative change falls like 1/sqrt(n).
 
-A rule that reads activities, or weights to send errors back, in the initial network is thus off by a relative 1/sqrt(n),
-and so, in radians, is the angle to backprop. But the derivative of ReLU jumps: a change of 1/sqrt(n) in what it reads flips
-it for a share 1/sqrt(n) of the units, and a vector in which a share s of entries is wrong is off by sqrt(s). Rules that
-read ReLU's derivative in the initial network (Align-ada, Align-zero) may therefore fall as slowly as n^(-1/4).
-Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards backprop.
+A rule that reads activities, or weights to send errors back, in the initial network is thus off by a relative
+1/sqrt(n), and so, in radians, is the angle to backprop. But the derivative of ReLU jumps: a change of 1/sqrt(n) in what
+it reads flips it for a share 1/sqrt(n) of the units, and a vector in which a share s of entries is wrong is off by
+sqrt(s). Rules that read ReLU's derivative in the initial network (Align-ada, Align-zero) may therefore fall as slowly
+as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards
+backprop.
 
 All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.
 """

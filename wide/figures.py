@@ -255,7 +255,8 @@ def _legend(figure) -> None:
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = sorted(handles, key=lambda label: label == HOLLOW)  # it comes last
+    rules = [spec.title for spec in RULES.values()]  # in their order; what else there is after them, HOLLOW last
+    labels = sorted(handles, key=lambda label: (label == HOLLOW, rules.index(label) if label in rules else len(rules)))
     if labels:
         figure.legend([handles[label] for label in labels], labels, loc="outside right center", frameon=False)
 
@@ -358,3 +359,32 @@ def _draw_distance(panel, lines: Mapping, theory: float) -> None:
     box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
     slopes = [f"{RULES[rule].title} {line.slope:.2f}" for rule, line in lines.items() if line.slope is not None]
     panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom", bbox=box)
+
+
+def draw_accuracies(file: BinaryIO, title: str, tables: Mapping[str, Mapping[str, Mapping[int, list[float]]]]) -> None:
+    """Accuracy against width: a panel per setting, a line per rule, bars for the standard deviation over seeds.
+
+    Args:
+        tables: {setting: {rule: {width: values of the seeds, in percent}}}.
+    """
+    figure, panels = _panels(max(len(tables), 1))
+    counts = set()
+    for panel, (setting, rows) in zip(panels, tables.items(), strict=False):
+        widths = sorted({width for row in rows.values() for width in row})
+        for number, (rule, row) in enumerate(rows.items()):
+            places = sorted(row)
+            means = [statistics.fmean(row[width]) for width in places]
+            spread = [statistics.stdev(row[width]) if len(row[width]) > 1 else 0.0 for width in places]
+            counts |= {len(row[width]) for width in places}
+            beside = [width * 1.008 ** (number - len(rows) / 2) for width in places]  # so that bars can be told apart
+            _line(panel, rule, beside, means, spread)
+        panel.set_xscale("log")
+        panel.set_xticks(widths, [str(width) for width in widths])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlabel(AXIS_LABELS["width"])
+        panel.set_title(setting, fontsize=10)
+        _plain(panel)
+    panels[0].set_ylabel("test accuracy (%)")
+    _legend(figure)
+    n = f"n = {min(counts)} to {max(counts)}" if len(counts) > 1 else f"n = {max(counts, default=0)}"
+    _save(figure, f"{title}\n(bars: standard deviation over {n} seeds)" if max(counts, default=1) > 1 else title, file)

@@ -53,6 +53,9 @@ def run_as_leader(study: Study) -> Failures:
         return []
     if study.options.action == "evaluate":
         return evaluate(study)
+    if study.options.action == "report":
+        print(study.experiment.report.write(study))
+        return []
     require_kept_epochs(study)
     study.experiment.report.check(study)
     if study.subject.distributed:
