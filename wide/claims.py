@@ -457,7 +457,16 @@ def page(kept: list[Kept], notes: Mapping[str, str] | None = None) -> str:
 
 
 # What is known of why a claim does not hold here. No numbers: those are in the tables, which follow from results/.
-NOTES: Mapping[str, str] = {}
+THEORY_NOTE = (
+    "Where angles of Align-ada and Align-zero do not fall: these rules read ReLU's derivative in the initial network, "
+    "which falls more slowly than changes of activities do (wide/distance_report.py), and the first blocks' errors go "
+    "through the normalisation of pixels that hardly vary over a batch, such as those at the edge of an image. It "
+    "divides by their standard deviation, so few pixels make up much of the gradient, and with them the angle. With a "
+    "larger epsilon in the normalisation the first block's angle falls with width too ([docs/results.md](results.md)). "
+    "It is no matter of rounding: in double precision the angles are the same. Align-prop reads everything but the "
+    "weights in the current network, and its angle falls in every block."
+)
+NOTES: Mapping[str, str] = {"Changes of activities and weights fall with width as theory says": THEORY_NOTE}
 
 
 # --------------------------------------------------------------------------------------------------------- the headline

@@ -9,7 +9,7 @@ Figures are matplotlib's objects, without pyplot: whatever backend a notebook or
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import BinaryIO
 
 import matplotlib
@@ -40,7 +40,21 @@ def draw_figure(
         examples: where "all images" lie on an axis of training images.
     """
     figure = KINDS[table.view.figure](table, references, examples)
-    _save(figure, title, file)
+    bars = table.view.figure not in WITHOUT_BARS
+    _save(figure, title + (_bars_note(table) if bars else ""), file)
+
+
+def _bars_note(table: Table) -> str:
+    """What the bars are, where there are any."""
+    counts = {len(cell.values) for rows in table.sections.values() for cells in rows.values() for cell in cells} - {0}
+    if max(counts, default=1) == 1:
+        return ""
+    averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
+    return f"\n(bars: standard deviation over n = {_range(counts)} runs that differ in {averaged})"
+
+
+def _range(counts: Collection[int]) -> str:
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def lines(table: Table, references, examples: int):
@@ -146,6 +160,7 @@ def timing(table: Table, references, examples: int):
 
 
 KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing, "curves": curves}
+WITHOUT_BARS = ("seeds", "curves")
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
@@ -334,8 +349,8 @@ def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str
     for panel in rows[-1]:
         panel.set_xlabel("width")
     _legend(figure)
-    counts = sorted({count for line in lines.values() for count in line.counts})
-    bars = f"bars: standard deviation over n = {counts[0]} to {counts[-1]} seeds" if counts[-1] > 1 else "one seed"
+    counts = {count for line in lines.values() for count in line.counts}
+    bars = f"bars: standard deviation over n = {_range(counts)} seeds" if max(counts) > 1 else "one seed"
     _save(figure, f"{title}\n({bars}; in the panels: fitted slopes)", file)
 
 
@@ -386,5 +401,8 @@ def draw_accuracies(file: BinaryIO, title: str, tables: Mapping[str, Mapping[str
         _plain(panel)
     panels[0].set_ylabel("test accuracy (%)")
     _legend(figure)
-    n = f"n = {min(counts)} to {max(counts)}" if len(counts) > 1 else f"n = {max(counts, default=0)}"
-    _save(figure, f"{title}\n(bars: standard deviation over {n} seeds)" if max(counts, default=1) > 1 else title, file)
+    _save(
+        figure,
+        f"{title}\n(bars: standard deviation over n = {_range(counts)} seeds)" if max(counts, default=1) > 1 else title,
+        file,
+    )
