@@ -1,10 +1,13 @@
 """Get and read KMNIST: 70000 handwritten cursive Japanese characters of 10 kinds.
 
-    python3 setup_kmnist.py [--data-dir data] [--url BASE]
+    python3 setup_kmnist.py [--data-dir data] [--url BASE] [--split-test-images FOLDER]
 
 Clanuwat et al., "Deep Learning for Classical Japanese Literature", 2018, arXiv 1812.01718; data by the Center for Open
 Data in the Humanities, CC BY-SA 4.0. Four gzip files in IDX format: two zero bytes, a type (8: unsigned bytes), the
 number of dimensions, each dimension as a big-endian 32-bit integer, then the bytes, the last dimension running fastest.
+
+With --split-test-images the 10000 official test images alone are split into 8000 and 2000 that do not overlap, and
+written to FOLDER/kmnist as training and test files: the data of the runs in results/ (--data-dir FOLDER).
 """
 
 import gzip
@@ -21,8 +24,10 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 
 import numpy as np
 
+from wide import UserError
 from wide.command_line import setup
 from wide.datasets import ImageDataset
+from wide.runs import replace, writing
 
 
 class KMNIST(ImageDataset):
@@ -69,5 +74,44 @@ class KMNIST(ImageDataset):
         return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # a copy that can be written to
 
 
+class OfficialTestImages(KMNIST):
+    """The official test images alone; the training files are not needed."""
+
+    train_files = KMNIST.test_files
+
+
+def split_test_images(data_dir: str | Path, url: str, target: Path) -> str:
+    """Write the official test images, in the order of RandomState(0), as 80 % training and 20 % test to target/kmnist.
+
+    Returns:
+        The folder to name with --data-dir.
+
+    Raises:
+        UserError: the images cannot be had, or files are there already, or cannot be written.
+    """
+    folder = target / KMNIST.directory
+    if present := [file for file in KMNIST.train_files + KMNIST.test_files if (folder / file).exists()]:
+        raise UserError(f"{folder} holds {', '.join(present)} already; choose another folder for --split-test-images")
+    data = OfficialTestImages(data_dir, url)
+    order = np.random.RandomState(0).permutation(len(data.test))
+    images, labels = data.test.inputs.numpy()[order, 0], data.test.targets.numpy()[order]
+    held_out = len(order) // 5
+    with writing(folder):
+        for files, part in (
+            (KMNIST.train_files, slice(None, -held_out)),
+            (KMNIST.test_files, slice(-held_out, None)),
+        ):
+            for file, array in zip(files, (images[part], labels[part]), strict=True):
+                write_idx(folder / file, array)
+    return str(target)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An array of bytes as an IDX gzip file; the same array gives the same file."""
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    content = gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
+    replace(path, lambda file: file.write(content))
+
+
 if __name__ == "__main__":
-    sys.exit(setup(KMNIST))
+    sys.exit(setup(KMNIST, split=split_test_images))

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 
 from setup_kmnist import KMNIST
 from wide.command_line import main
+from wide.distance_report import DistanceReport
 from wide.experiments import Experiment, Subject
 from wide.tables import ACCURACY, View
 from wide.tasks import ImageTask
@@ -38,6 +39,18 @@ EXPERIMENTS = {
         epochs=100,
         view=View(against="learning_rate", best_over=()),
         quick={"widths": (8, 32), "learning_rates": (0.2, 1, 5, 20), "data_limits": (1000,), "epochs": 3},
+    ),
+    3: Experiment(  # not the paper's; what its theory says of few updates (wide/distance_report.py)
+        title="distance from theory against width",
+        rules=("backprop", "align_ada", "align_zero", "align_prop", "fa", "dfa"),
+        widths=WIDTHS,
+        learning_rates=(5,),
+        epochs=1,
+        data_limits=(500,),
+        batch_size=50,
+        logged=True,
+        report=DistanceReport(),
+        quick={"widths": (8, 16, 32)},
     ),
 }
 

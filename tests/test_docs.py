@@ -11,7 +11,9 @@ import train_kmnist
 from wide.alignment_experiments import scored
 from wide.command_line import build_parser
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "outputs" / "README.md"])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "outputs" / "README.md", ROOT / "results" / "README.md"]
+)
 
 
 def page(name):

@@ -18,7 +18,7 @@ import small_data
 import torch
 
 from setup_cifar import CIFAR
-from setup_kmnist import KMNIST
+from setup_kmnist import KMNIST, split_test_images
 from wide import UserError, datasets
 from wide.command_line import setup
 
@@ -413,8 +413,9 @@ def test_script_sums_up_what_is_there(dataset, tmp_path, monkeypatch, capsys):
     assert setup(dataset, []) == 0
     shape = "x".join(map(str, dataset.image_shape))
     sizes = "20 training, 10 validation and 7 test images"
+    fingerprint = f"fingerprint {dataset('data').fingerprint}"
     captured = capsys.readouterr()
-    assert captured.out == f"{dataset.title} in data/{dataset.directory}: {sizes} of shape {shape}\n"
+    assert captured.out == f"{dataset.title} in data/{dataset.directory}: {sizes} of shape {shape}\n{fingerprint}\n"
     assert captured.err == ""
 
 
@@ -500,3 +501,21 @@ def test_published_add_sequences_wrap_around_and_lose_the_first_sequences():
 def test_unknown_add_variant():
     with pytest.raises(ValueError, match="published, corrected"):
         datasets.add_sequences("fixed")
+
+
+def test_the_test_images_split(tmp_path, capsys):
+    """As 80 % and 20 %, in the order of RandomState(0); the official files stay, and no file is written over."""
+    images, labels = small_data.made_up(50, (28, 28))
+    folder = small_data.write_kmnist(tmp_path / "official", images[:0], labels[:0], images, labels)
+    for file in KMNIST.train_files:
+        (folder / file).unlink()  # they are not needed
+    command = ["--data-dir", str(tmp_path / "official"), "--split-test-images", str(tmp_path / "split")]
+    assert setup(KMNIST, command, split_test_images) == 0
+    assert "27 training, 13 validation and 10 test images" in capsys.readouterr().out
+    data, order = KMNIST(tmp_path / "split"), np.random.RandomState(0).permutation(50)
+    parts = [data.validation, data.train, data.test]  # validation images are the first training images
+    assert (np.concatenate([part.inputs.numpy() for part in parts])[:, 0] == images[order]).all()
+    assert (np.concatenate([part.targets.numpy() for part in parts]) == labels[order]).all()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(KMNIST.test_files)
+    assert setup(KMNIST, command, split_test_images) == 2
+    assert "choose another folder" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from align_rules import RULES
-from wide import UserError
+from wide import UserError, collecting
 from wide.alignment_report import score_files
 from wide.datasets import ImageDataset
 from wide.devices import PRECISIONS
@@ -94,7 +94,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
         outputs=arguments.outputs,
         grid={name: _unrepeated(value) for name, value in given.items()},
         quick=arguments.quick,
-        action="profile" if arguments.profile else "list" if arguments.list else "train",
+        action=next((name for name in ("profile", "list", "evaluate", "report") if vars(arguments)[name]), "train"),
     )
 
 
@@ -138,6 +138,9 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add = parser.add_argument
     add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
     add("--list", action="store_true", help="print the runs and their state; train nothing")
+    evaluated = "measure finished runs anew, from what they kept, and say whether metrics.csv is met; train nothing"
+    add("--evaluate", action="store_true", help=evaluated)
+    add("--report", action="store_true", help="make table and figure of what is there; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
     return parser
 
@@ -222,8 +225,16 @@ def parse(
     return arguments
 
 
-def setup(dataset: type[ImageDataset], argv: Sequence[str] | None = None) -> int:
+def setup(
+    dataset: type[ImageDataset],
+    argv: Sequence[str] | None = None,
+    split: Callable[[Path, str, Path], str] | None = None,
+) -> int:
     """Run the command line of a setup script: get and read the dataset, and say what is there.
+
+    Args:
+        split: from the data's folder, the address of downloads and a folder, writes a split of the test images alone
+            to the latter and returns where it lies.
 
     Returns:
         The exit status: 0, or 2 after a one-line message on stderr.
@@ -231,14 +242,39 @@ def setup(dataset: type[ImageDataset], argv: Sequence[str] | None = None) -> int
     parser = argparse.ArgumentParser(description=f"Get {dataset.title}, if it is not there yet, and read it.")
     parser.add_argument("--data-dir", default="data", help=f"folder that holds {dataset.directory}/ (%(default)s)")
     parser.add_argument("--url", metavar="BASE", default=dataset.url, help="where to download from (%(default)s)")
+    if split:
+        what = "first split the official test images into training and test files, in FOLDER, which is then read"
+        parser.add_argument("--split-test-images", type=Path, metavar="FOLDER", help=what)
     arguments = parser.parse_args(argv)
     try:
-        data = dataset(arguments.data_dir, arguments.url)
+        folder = arguments.data_dir
+        if split and arguments.split_test_images:
+            folder = split(folder, arguments.url, arguments.split_test_images)
+        data = dataset(folder, arguments.url)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
     print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
+    print(f"fingerprint {data.fingerprint}")
+    return 0
+
+
+def collect(description: str, argv: Sequence[str] | None = None) -> int:
+    """Run the command line of collect_results.py.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line message on stderr.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description.strip(), formatter_class=formatter)
+    parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
+    arguments = parser.parse_args(argv)
+    try:
+        print(collecting.collect(arguments.outputs))
+    except UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -121,7 +121,8 @@ class ImageDataset:
         return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
 
     def _find(self, url: str) -> None:
-        missing = [file for file in self.train_files + self.test_files if not os.path.exists(self.folder / file)]
+        files = dict.fromkeys(self.train_files + self.test_files)
+        missing = [file for file in files if not os.path.exists(self.folder / file)]
         if not missing:
             return
         try:

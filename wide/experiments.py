@@ -43,6 +43,7 @@ class Experiment:
         metrics: which are shown; default: the subject's.
         beside: another experiment and some of its rules, whose finished runs are shown for comparison.
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
+        logged: keep angles.csv and changes.csv of every run, as --log-alignment does.
         keep: epochs whose parameters are kept.
         report: what is shown; default: the table of rules and its figure.
         batch_size: default: the subject's.
@@ -63,6 +64,7 @@ class Experiment:
     metrics: Metrics | None = None
     beside: tuple[int, tuple[str, ...]] | None = None
     timed: bool = False
+    logged: bool = False
     keep: tuple[int, ...] = ()
     report: Report = dataclasses.field(default_factory=TableReport)
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)

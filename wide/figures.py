@@ -8,7 +8,8 @@ Figures are matplotlib's objects, without pyplot: whatever backend a notebook or
 
 import math
 import statistics
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Mapping
 from typing import BinaryIO
 
 import matplotlib
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import offset_copy
 
+from wide.distance_report import TITLES, predicted_slope
 from wide.rules import RULES
 from wide.tables import Cell, Table, section_text
 
@@ -38,7 +40,21 @@ def draw_figure(
         examples: where "all images" lie on an axis of training images.
     """
     figure = KINDS[table.view.figure](table, references, examples)
-    _save(figure, title, file)
+    bars = table.view.figure not in WITHOUT_BARS
+    _save(figure, title + (_bars_note(table) if bars else ""), file)
+
+
+def _bars_note(table: Table) -> str:
+    """What the bars are, where there are any."""
+    counts = {len(cell.values) for rows in table.sections.values() for cells in rows.values() for cell in cells} - {0}
+    if max(counts, default=1) == 1:
+        return ""
+    averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
+    return f"\n(bars: standard deviation over n = {_range(counts)} runs that differ in {averaged})"
+
+
+def _range(counts: Collection[int]) -> str:
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def lines(table: Table, references, examples: int):
@@ -144,6 +160,7 @@ def timing(table: Table, references, examples: int):
 
 
 KINDS = {"lines": lines, "gap": gap, "seeds": seeds, "timing": timing, "curves": curves}
+WITHOUT_BARS = ("seeds", "curves")
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
@@ -253,7 +270,8 @@ def _legend(figure) -> None:
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = sorted(handles, key=lambda label: label == HOLLOW)  # it comes last
+    rules = [spec.title for spec in RULES.values()]  # in their order; what else there is after them, HOLLOW last
+    labels = sorted(handles, key=lambda label: (label == HOLLOW, rules.index(label) if label in rules else len(rules)))
     if labels:
         figure.legend([handles[label] for label in labels], labels, loc="outside right center", frameon=False)
 
@@ -303,3 +321,88 @@ def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
     if any(spread):
         bars = {"ecolor": style["color"], "elinewidth": 1, "capsize": 3, "alpha": style.get("alpha", 1)}
         panel.errorbar(places, means, spread, fmt="none", **bars)
+
+
+def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str, ...]) -> None:
+    """Distance from theory against width, both logarithmic: a row per quantity, a column per layer, a line per rule.
+
+    The dotted grey line has the slope that theory predicts.
+
+    Args:
+        lines: distance_report.Line by (quantity, layer, rule).
+    """
+    figure = Figure(figsize=(1.6 + 3.4 * len(layers), 3.0 * len(TITLES) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(TITLES), len(layers), sharex=True, sharey="row", squeeze=False)
+    for (quantity, what), panels in zip(TITLES.items(), rows, strict=True):
+        for layer, panel in zip(layers, panels, strict=True):
+            found = {rule: line for (q, place, rule), line in lines.items() if (q, place) == (quantity, layer)}
+            panel.set_title(layer if panel in rows[0] else "", fontsize=10)
+            if found:
+                _draw_distance(panel, found, predicted_slope(quantity, layer, layers))
+            else:
+                panel.text(0.5, 0.5, "does not change", ha="center", transform=panel.transAxes, color=GREY, fontsize=9)
+            _plain(panel)
+        bottom, top = panels[-1].get_ylim()
+        panels[-1].set_ylim(bottom / 3, top)  # room for the slopes
+        panels[0].set_ylabel("\n".join(textwrap.wrap(what, 26)))
+    for panel in rows[-1]:
+        panel.set_xlabel("width")
+    _legend(figure)
+    counts = {count for line in lines.values() for count in line.counts}
+    bars = f"bars: standard deviation over n = {_range(counts)} seeds" if max(counts) > 1 else "one seed"
+    _save(figure, f"{title}\n({bars}; in the panels: fitted slopes)", file)
+
+
+def _draw_distance(panel, lines: Mapping, theory: float) -> None:
+    widths = sorted({width for line in lines.values() for width in line.widths})
+    for rule, line in lines.items():
+        spec = RULES[rule]
+        panel.plot(line.widths, line.means, label=spec.title, markersize=4, **spec.style)
+        bars = {"fmt": "none", "ecolor": spec.color, "elinewidth": 1, "capsize": 2}
+        panel.errorbar(line.widths, line.means, line.deviations, **bars)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xticks(widths, [str(width) for width in widths])
+    panel.xaxis.set_minor_locator(NullLocator())
+    of_theory = [line for rule, line in lines.items() if RULES[rule].feedback is None] or list(lines.values())
+    top = max(max(line.means) for line in of_theory)
+    through = [top * 1.3 * (width / widths[0]) ** theory for width in widths]
+    of_theory = {"color": GREY, "linestyle": (0, (1, 1)), "linewidth": 2, "label": "slope of theory"}
+    panel.plot(widths, through, **of_theory)
+    panel.text(widths[-1], through[-1], f"{theory:g}", color=GREY, fontsize=8, va="bottom", ha="right")
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
+    slopes = [f"{RULES[rule].title} {line.slope:.2f}" for rule, line in lines.items() if line.slope is not None]
+    panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom", bbox=box)
+
+
+def draw_accuracies(file: BinaryIO, title: str, tables: Mapping[str, Mapping[str, Mapping[int, list[float]]]]) -> None:
+    """Accuracy against width: a panel per setting, a line per rule, bars for the standard deviation over seeds.
+
+    Args:
+        tables: {setting: {rule: {width: values of the seeds, in percent}}}.
+    """
+    figure, panels = _panels(max(len(tables), 1))
+    counts = set()
+    for panel, (setting, rows) in zip(panels, tables.items(), strict=False):
+        widths = sorted({width for row in rows.values() for width in row})
+        for number, (rule, row) in enumerate(rows.items()):
+            places = sorted(row)
+            means = [statistics.fmean(row[width]) for width in places]
+            spread = [statistics.stdev(row[width]) if len(row[width]) > 1 else 0.0 for width in places]
+            counts |= {len(row[width]) for width in places}
+            beside = [width * 1.008 ** (number - len(rows) / 2) for width in places]  # so that bars can be told apart
+            _line(panel, rule, beside, means, spread)
+        panel.set_xscale("log")
+        panel.set_xticks(widths, [str(width) for width in widths])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlabel(AXIS_LABELS["width"])
+        panel.set_title(setting, fontsize=10)
+        _plain(panel)
+    panels[0].set_ylabel("test accuracy (%)")
+    _legend(figure)
+    _save(
+        figure,
+        f"{title}\n(bars: standard deviation over n = {_range(counts)} seeds)" if max(counts, default=1) > 1 else title,
+        file,
+    )

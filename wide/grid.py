@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.batches import note_other_batches, require_same_batches
+from wide.evaluation import evaluate
 from wide.pace import Pace, duration
 from wide.recorders import Recorder
 from wide.runs import FINISHED, Busy, RunFolder, writing
@@ -52,6 +53,11 @@ def run_as_leader(study: Study) -> Failures:
         note_other_batches(study.folders)
     if study.options.action == "list":
         print_list(study)
+        return []
+    if study.options.action == "evaluate":
+        return evaluate(study)
+    if study.options.action == "report":
+        print(study.experiment.report.write(study))
         return []
     require_kept_epochs(study)
     if study.options.parallel:

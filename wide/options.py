@@ -78,7 +78,8 @@ class Options:
         outputs: where results go.
         grid: values that replace the experiment's own, by the names of its axes and settings.
         quick: a small grid, for a first look.
-        action: "train", "list" the runs, or "profile" the loading of images.
+        action: "train", "list" the runs, "evaluate" what they kept, "report" what is there, or "profile" the loading
+            of images.
     """
 
     experiment: int

@@ -1,16 +1,18 @@
-"""What is recorded of a run beside its metrics: angles between gradients, parameters.
+"""What is recorded of a run beside its metrics: angles between gradients, changes since the start, parameters.
 
 A run's training is given a list of recorders, and calls each of them when it starts, before the last update of every
 epoch, and after every epoch. Each keeps what it records in files of its own in the run's folder, or in columns of its
 own. The time that they take is no part of an epoch's seconds.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from align_rules import feedback_angles, gradient_angles
+from align_rules import feedback_angles, gradient_angles, layer_weights
 from wide.runs import RunFolder, append_rows
 
 if TYPE_CHECKING:
@@ -74,6 +76,66 @@ class Angles(Recorder):
         if self.rows:
             append_rows(folder.path / self.file, self.rows)
             self.rows = []  # the next epoch may have none
+
+
+class Changes(Recorder):
+    """changes.csv: a row per epoch and layer, for the same network and batch as in angles.csv.
+
+    relative_weight_change is ||W - W0|| / ||W0|| (Frobenius), relative_activity_change the same of the activity that
+    the layer reads, against that of the initial network for the same batch; it is empty where a layer reads the
+    inputs themselves, or is not called as a module.
+    """
+
+    file = "changes.csv"
+
+    def __init__(self):
+        self.rows: list[dict[str, float | str | None]] = []
+
+    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+        with torch.random.fork_rng():  # making a network draws from torch's generator
+            initial = training.task.rule(training.run).network
+        network = training.rule.network
+        with training.autocast():
+            read, read_at_first = layer_inputs(network, inputs), layer_inputs(initial, inputs)
+        before = layer_weights(initial)
+        self.rows = [
+            {
+                "epoch": training.epoch + 1,
+                "layer": (layer := name.removesuffix(".weight")),
+                "relative_weight_change": relative_change(weight, before[name]),
+                "relative_activity_change": relative_change(read.get(layer), read_at_first.get(layer)),
+            }
+            for name, weight in layer_weights(network).items()
+        ]
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        if self.rows:
+            append_rows(folder.path / self.file, self.rows)
+            self.rows = []
+
+
+@torch.no_grad()
+def layer_inputs(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """The activity that each layer reads, by the layer's name, for a batch; not where it is the batch itself."""
+    names = [name.rpartition(".")[0] for name in layer_weights(network)]
+    found = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+
+            def keep(module, arguments, name=name):
+                found[name] = arguments[0]
+
+            stack.callback(network.get_submodule(name).register_forward_pre_hook(keep).remove)
+        network(inputs)
+    return {name: activity for name, activity in found.items() if activity.data_ptr() != inputs.data_ptr()}
+
+
+def relative_change(now: Tensor | None, before: Tensor | None) -> float | None:
+    """The norm of the difference as a share of that of `before`; None without them, or where that is zero."""
+    if now is None or before is None or not before.any():
+        return None
+    now, before = now.detach().double(), before.detach().double()
+    return float((now - before).norm() / before.norm())
 
 
 class KeptParameters(Recorder):

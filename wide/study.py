@@ -15,7 +15,7 @@ from wide.devices import choose_device, choose_precision, device_name
 from wide.experiments import Experiment, Subject, beside
 from wide.options import PAPER_SEED, Options
 from wide.processes import ALONE, Processes, join
-from wide.recorders import Angles, KeptParameters, Recorder
+from wide.recorders import Angles, Changes, KeptParameters, Recorder
 from wide.rules import RULES
 from wide.runs import Run, RunFolder, effective_batch
 from wide.tasks import Task
@@ -138,8 +138,8 @@ class Study:
     def recorders(self) -> list[Recorder]:
         """What is recorded beside the metrics of one run, which they belong to."""
         record, found = self.options.record, []
-        if record.angles:
-            found.append(Angles())
+        if record.angles or self.experiment.logged:
+            found += [Angles(), Changes()]
         if self.subject.scored:
             found.append(AlignmentScores(self.subject.image_size, record.score_epochs))
         if self.kept_epochs:

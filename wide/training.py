@@ -193,12 +193,18 @@ class Training:
                 averages.add(self.task.measures(outputs, targets), len(targets))
         seconds = self.clock() - start - self.aside_seconds
         metrics = {f"train_{name}": value for name, value in averages.values(self.processes).items()}
+        metrics |= self.evaluations()
+        columns = {name: metrics[name] for name in self.task.columns} | self.task.noticed(self.processes)
+        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4)}
+
+    def evaluations(self) -> dict[str, float]:
+        """What is measured of the network as it stands after an epoch, "<split>_<measure>"."""
+        metrics = {}
         for evaluation in self.task.evaluations:
             stream = self.stream if evaluation.streamed else np.random.RandomState(self.run.seed)
             values = self.evaluate(evaluation.split, stream.permutation(self.task.size(self.run, evaluation.split)))
             metrics |= {f"{evaluation.split}_{name}": value for name, value in values.items()}
-        columns = {name: metrics[name] for name in self.task.columns} | self.task.noticed(self.processes)
-        return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4)}
+        return metrics
 
     def _batches(self, order: np.ndarray) -> np.ndarray:
         """Whole batches in this order, (batches, batch size); what is left over is dropped.

@@ -1,0 +1,16 @@
+#!/bin/sh
+# All studies; what is done is not trained again. Made by collect_results.py.
+# usage: sh results/studies.sh DATA [OUTPUTS]   (DATA: folder with kmnist/ and cifar-10-batches-bin/)
+DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}
+set -e
+python3 train_kmnist.py 1 --rules backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror --widths 8 16 32 64 128 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 1 --rules backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror --widths 8 16 32 64 --learning-rates 5 --seeds 99 100 101 102 103 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 2 --widths 8 64 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 3 --widths 8 16 32 64 128 256 512 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 alignment_kmnist.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_cifar.py 1 --rules backprop align_ada align_zero fa dfa last_layer align_prop --widths 8 16 32 64 --learning-rates 5 --epochs 30 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_cifar.py 4 --rules backprop align_ada align_zero fa dfa --widths 8 16 --learning-rates 5 --data-limits 45 150 450 1500 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 alignment_cifar.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_add.py 1 --variant published --rules backprop align_ada align_zero last_layer fa align_prop --widths 8 16 32 64 128 256 --seeds 99 100 101 102 103 --outputs "$OUTPUTS"
+python3 train_add.py 1 --variant corrected --rules backprop align_ada align_zero last_layer fa align_prop --widths 8 16 32 64 128 256 --seeds 99 100 101 102 103 --outputs "$OUTPUTS"
+python3 alignment_add.py 2 --widths 16 64 256 --epochs 40 --seeds 99 100 101 --outputs "$OUTPUTS"

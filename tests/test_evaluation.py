@@ -1,0 +1,122 @@
+"""--evaluate: metrics.csv is measured anew from what runs kept, with the batches of their own stream."""
+
+import shutil
+
+import pytest
+import torch
+from running import script
+from small_data import made_up, write_kmnist
+
+import train_kmnist
+from wide.evaluation import Comparison, replay, restored
+from wide.options import DataOptions
+from wide.runs import Run, RunFolder
+
+RULES = ["backprop", "align_ada", "weight_mirror"]
+NAME = "cnn-{}-width4-lr1-seed99-batch20"
+
+
+def options(kmnist, outputs, *more):
+    return ["--widths", 4, "--learning-rates", 1, "--batch-size", 20, "--data-dir", kmnist, "--outputs", outputs, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(kmnist, tmp_path_factory):
+    """Outputs with three runs of three epochs."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = script("train_kmnist.py", 1, *options(kmnist, outputs, "--rules", *RULES, "--epochs", 3))
+    assert done.returncode == 0, done.stderr
+    return outputs
+
+
+@pytest.fixture
+def outputs(finished, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(finished, tmp_path / "outputs")
+
+
+def evaluated(kmnist, outputs, *more):
+    return script("train_kmnist.py", 1, *options(kmnist, outputs, "--rules", *RULES, "--evaluate", *more))
+
+
+def test_finished_runs_are_met_exactly(kmnist, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    done = evaluated(kmnist, finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| met, exactly |") == 2 * len(RULES)
+    assert "3 of 3 runs measured, 0 not met" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_changed_number_is_not_met(kmnist, outputs):
+    path = outputs / "kmnist" / NAME.format("align_ada") / "metrics.csv"
+    *first, last = path.read_text().splitlines()
+    fields = last.split(",")
+    fields[4] = str(float(fields[4]) + 0.01)  # test_accuracy
+    path.write_text("\n".join([*first, ",".join(fields), ""]))
+    done = evaluated(kmnist, outputs)
+    assert done.returncode == 1
+    assert done.stdout.count("NOT met") == 1
+    assert "metrics.csv is not met in test_accuracy" in done.stderr
+    assert done.stderr.count("failed") == 1
+
+
+def test_what_is_not_kept_and_other_data(kmnist, outputs, tmp_path):
+    (outputs / "kmnist" / NAME.format("backprop") / "checkpoint.pt").unlink()
+    shutil.rmtree(outputs / "kmnist" / NAME.format("align_ada"))
+    write_kmnist(tmp_path, *made_up(300, (28, 28), seed=3), *made_up(60, (28, 28), seed=4))
+    done = evaluated(tmp_path, outputs)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("backprop" in line and "not kept" in line for line in lines)
+    assert any("align_ada" in line and "missing" in line for line in lines)
+    assert sum("weight_mirror" in line and "other data" in line for line in lines) == 2
+    assert "met |" not in done.stdout
+
+
+def test_nothing_to_measure_is_an_error(kmnist, tmp_path):
+    done = evaluated(kmnist, tmp_path)
+    assert done.returncode == 2
+    assert "none of 3 runs has a checkpoint" in done.stderr
+
+
+def test_the_replayed_stream_is_the_runs(kmnist, finished):
+    """At the evaluations' end it stands where the run's own stood; another seed's does not."""
+    folder = RunFolder(finished, Run("kmnist", "cnn", "backprop", 4, 1.0, 99, 20))
+    training = restored(train_kmnist.SUBJECT.task(DataOptions(kmnist), torch.device("cpu")), folder)
+    after = training.stream.get_state()
+    replay(training)
+    assert training.epoch == 3
+    assert training.evaluations().keys() >= {"validation_accuracy", "test_accuracy"}
+    assert (training.stream.get_state()[1] == after[1]).all()
+    assert training.stream.get_state()[2] == after[2]
+
+
+def test_add_and_kept_parameters_of_a_pair(tmp_path):
+    small = ["--widths", 4, "--outputs", tmp_path]
+    for name in ("train_add.py", "alignment_add.py"):
+        assert script(name, 1, *small, "--epochs", 2, *(["--keep-parameters", 0, 2] * (name[0] == "a"))).returncode == 0
+    done = script("train_add.py", 1, *small, "--evaluate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("met, exactly") == 8  # four rules, two losses
+    for path in tmp_path.rglob("checkpoint.pt"):
+        path.unlink()
+    done = script("alignment_add.py", 1, *small, "--evaluate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("met, exactly") == 4  # two losses, score and control
+    assert script("train_add.py", 1, *small, "--evaluate").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "recorded", "measured", "met"),
+    [
+        ("test_accuracy", 0.5, 0.5009, True),
+        ("test_accuracy", 0.5, 0.5011, False),
+        ("test_loss", 1000.0, 1000.9, True),
+        ("test_loss", 0.1, 0.1009, False),
+        ("test_loss", float("nan"), float("nan"), True),
+        ("test_loss", 1.0, float("nan"), False),
+    ],
+)
+def test_tolerance(metric, recorded, measured, met):
+    assert Comparison(metric, recorded, measured, 0.001).met == met

@@ -1,0 +1,349 @@
+"""results/: finished runs that are kept, in the format of outputs/, with reports of them and a page that lists them.
+
+What is studied, by which commands, stands in `STUDIES`. Nothing here trains.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from wide import UserError
+from wide.runs import FINISHED, Run, RunFolder, replace, writing
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 20e6  # bytes of results/ in all
+KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv")
+DATA = "DATA"  # in commands: the folder of the data
+ALL = "backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror"
+FIVE = "backprop align_ada align_zero fa dfa"
+ADD_RULES = "backprop align_ada align_zero last_layer fa align_prop"
+SEEDS = "99 100 101 102 103"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A command whose runs are in results/, and what its report is called there.
+
+    Args:
+        name: of the report's files in results/reports/.
+        script, number, options: the command; options on seeds and widths may name more than is there yet.
+        fields: fields of `Run` that its runs have, for counting them; a tuple gives several values.
+        epochs: how many its runs have.
+    """
+
+    name: str
+    title: str
+    script: str
+    number: int
+    options: str
+    fields: Mapping[str, object]
+    epochs: int
+
+    @property
+    def command(self) -> str:
+        return f"python3 {self.script} {self.number} {self.options}"
+
+    @property
+    def report_stem(self) -> str:
+        return f"{'alignment' if self.script.startswith('alignment') else 'experiment'}_{self.number}"
+
+    @property
+    def dataset(self) -> str:
+        return str(self.fields["dataset"])
+
+    def has(self, run: Run) -> bool:
+        return all(
+            getattr(run, name) in (value if isinstance(value, tuple) else (value,))
+            for name, value in self.fields.items()
+        )
+
+
+def _study(title: str, command: str, epochs: int, **fields) -> Study:
+    """From "name: script number options"."""
+    name, _, line = command.partition(": ")
+    script, number, options = line.split(" ", 2)
+    return Study(name, title, script, int(number), options, fields, epochs)
+
+
+TRAINED = {"network": "cnn", "parameterisation": "ntk", "optimizer": "sgd", "timed_on": None}
+FULL = TRAINED | {"batch_size": 100, "data_limit": None, "precision": "fp32"}
+RULES = tuple(ALL.split())  # of training scripts: all but pairs
+
+STUDIES = (
+    _study(
+        "accuracy against width, learning rates 5, 2, 1, seed 99",
+        f"kmnist_width: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 128 --data-dir {DATA}",
+        100, dataset="kmnist", rule=RULES, seed=99, learning_rate=(5.0, 2.0, 1.0), **FULL,
+    ),
+    _study(
+        "accuracy against width over seeds, learning rate 5",
+        f"kmnist_seeds: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 --learning-rates 5 --seeds {SEEDS} "
+        f"--data-dir {DATA}",
+        100, dataset="kmnist", rule=RULES, learning_rate=5.0, width=(8, 16, 32, 64), **FULL,
+    ),
+    _study(
+        "accuracy against learning rate",
+        f"kmnist_learning_rates: train_kmnist.py 2 --widths 8 64 --data-dir {DATA}",
+        100, dataset="kmnist", seed=99, learning_rate=(0.05, 0.1, 0.2, 0.5, 10.0, 20.0), **FULL,
+    ),
+    _study(
+        "distance from theory against width, after 9 updates",
+        f"kmnist_theory: train_kmnist.py 3 --widths 8 16 32 64 128 256 512 --seeds 99 100 101 --data-dir {DATA}",
+        1, dataset="kmnist", **TRAINED, batch_size=50, data_limit=500,
+    ),
+    _study(
+        "alignment scores of pairs against width",
+        f"kmnist_alignment: alignment_kmnist.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
+        20, dataset="kmnist", rule="pair",
+    ),
+    _study(
+        "accuracy against width, all 45,000 training images, learning rate 5, 30 epochs",
+        f"cifar_width: train_cifar.py 1 --rules {FIVE} last_layer align_prop --widths 8 16 32 64 --learning-rates 5 "
+        f"--epochs 30 --seeds 99 100 101 --data-dir {DATA}",
+        30, dataset="cifar", rule=RULES, **FULL,
+    ),
+    _study(
+        "accuracy against number of training images",
+        f"cifar_images: train_cifar.py 4 --rules {FIVE} --widths 8 16 --learning-rates 5 --data-limits 45 150 450 1500 "
+        f"--seeds 99 100 101 --data-dir {DATA}",
+        150, dataset="cifar", **TRAINED, data_limit=(45, 150, 450, 1500),
+    ),
+    _study(
+        "alignment scores of pairs against width, 20 epochs",
+        f"cifar_alignment: alignment_cifar.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
+        20, dataset="cifar", rule="pair",
+    ),
+    *(
+        _study(
+            f"loss against width over seeds, {variant} variant",
+            f"add_{variant}: train_add.py 1 --variant {variant} --rules {ADD_RULES} --widths 8 16 32 64 128 256 "
+            f"--seeds {SEEDS}",
+            200, dataset="add", variant=variant, rule=tuple(ADD_RULES.split()),
+        )
+        for variant in ("published", "corrected")
+    ),
+    _study(
+        "alignment scores of pairs against width",
+        "add_alignment: alignment_add.py 2 --widths 16 64 256 --epochs 40 --seeds 99 100 101",
+        40, dataset="add", rule="pair",
+    ),
+)  # fmt: skip
+
+DATASETS = {
+    "kmnist": "KMNIST: the 10,000 official test images alone, split into 5,334 training, 2,666 validation and 2,000 "
+    "test images that do not overlap (`python3 setup_kmnist.py --split-test-images DATA`)",
+    "cifar": "CIFAR-10: a copy whose images were re-encoded as JPEG, in another order than the official files; "
+    "accuracies are close to those of the official images, not equal to them",
+    "add": "the Add task: made from its seed, the same everywhere; seeds vary the network alone",
+}
+
+# Runs whose checkpoints are kept, so that --evaluate can measure them anew.
+HEADLINE = (
+    {"dataset": "kmnist", "learning_rate": 5.0, "seed": 99, "width": (16, 64), "batch_size": 100},
+    {"dataset": "add", "seed": 99, "width": (64,), "rule": ("backprop", "align_ada", "align_zero")},
+)
+
+
+def is_headline(run: Run) -> bool:
+    return any(
+        all(getattr(run, name) in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items())
+        for fields in HEADLINE
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A finished run in results/."""
+
+    run: Run
+    folder: RunFolder
+    rows: list[dict]
+    data: str
+    device: str
+    finished: str  # date
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["seconds"] for row in self.rows)
+
+    def diverged(self) -> bool:
+        return not math.isfinite(self.rows[-1]["train_loss"])
+
+
+def read(results: Path) -> list[Kept]:
+    """All runs in a folder, in an order that does not depend on the file system.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return [kept for path in sorted(results.glob("*/*/config.json")) if (kept := _read(results, path)) is not None]
+
+
+def _read(results: Path, path: Path) -> Kept | None:
+    try:
+        config = json.loads(path.read_text())
+        fields = {name: value for name, value in config["run"].items() if name != "data"}
+        run, sessions = Run(**fields), config["sessions"]
+        device = ", ".join(dict.fromkeys(session["device"] for session in sessions))
+        kept = (config["run"]["data"], device, sessions[-1]["started"][:10])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder") from error
+    folder = RunFolder(results, run)
+    if folder.path != path.parent:
+        raise UserError(f"{path.parent} holds the run {run.name}; give the folder that name")
+    rows = folder.rows()
+    return Kept(run, folder, rows, *kept) if rows else None
+
+
+def study_runs(kept: list[Kept], study: Study) -> list[Kept]:
+    return [one for one in kept if study.has(one.run) and one.folder.status(study.epochs) in FINISHED]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def copy_finished(outputs: Path, results: Path) -> int:
+    """Copy the finished runs of all studies, without what is not kept; those that are there already are left.
+
+    Returns:
+        How many were copied.
+
+    Raises:
+        UserError: a file is damaged, or results/ cannot be written.
+    """
+    copied = 0
+    for one in read(outputs):
+        target = RunFolder(results, one.run)
+        wanted = [study for study in STUDIES if study.has(one.run)]
+        if not any(one.folder.status(study.epochs) in FINISHED for study in wanted):
+            continue
+        if target.progress()[0] >= len(one.rows):
+            continue
+        files = [*KEPT_FILES, *(["checkpoint.pt"] if is_headline(one.run) else [])]
+        with writing(target.path):
+            for file in files:
+                if (one.folder.path / file).exists():
+                    shutil.copyfile(one.folder.path / file, target.path / file)
+        copied += 1
+    return copied
+
+
+def require_small(results: Path) -> None:
+    """Raise UserError for more than may be kept."""
+    size = sum(path.stat().st_size for path in results.rglob("*") if path.is_file())
+    if size > LIMIT:
+        raise UserError(f"{results} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}; keep fewer checkpoints")
+
+
+def write_reports(results: Path, kept: list[Kept]) -> None:
+    """results/reports/<study>.csv, .md and .png, by the studies' own commands, of the runs that are there."""
+    for study in STUDIES:
+        found = study_runs(kept, study)
+        if not found:
+            continue
+        words = shlex.split(study.options)
+        if DATA in words:
+            place = words.index(DATA)
+            del words[place - 1 : place + 1]  # nothing is read
+        words = _present(words, found)
+        line = [sys.executable, str(ROOT / study.script), str(study.number), *words, "--report", "--device", "cpu"]
+        done = subprocess.run([*line, "--outputs", str(results)], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"{study.name}: {done.stderr.strip().splitlines()[-1]}")
+        for suffix in (".csv", ".md", ".png"):
+            source = results / study.dataset / (study.report_stem + suffix)
+            if source.exists():
+                with writing(results / "reports"):
+                    os.replace(source, results / "reports" / (study.name + suffix))
+
+
+def _present(words: list[str], found: list[Kept]) -> list[str]:
+    """Options with the values alone for which there are runs."""
+    there = {
+        "--widths": {one.run.width for one in found},
+        "--seeds": {one.run.seed for one in found},
+        "--rules": {one.run.rule for one in found},
+        "--data-limits": {one.run.data_limit for one in found},
+    }
+    kept, option = [], None
+    for word in words:
+        option = word if word.startswith("--") else option
+        if word == option or option not in there or word in {str(value) for value in there[option]}:
+            kept.append(word)
+    return kept
+
+
+def commands(results: str = "results") -> str:
+    """A shell script that trains, resumably, what is missing of all studies."""
+    lines = [
+        "#!/bin/sh",
+        "# All studies; what is done is not trained again. Made by collect_results.py.",
+        "# usage: sh results/studies.sh DATA [OUTPUTS]   (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
+        "DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}",
+        "set -e",
+    ]
+    lines += [study.command.replace(f" {DATA}", ' "$DATA"') + ' --outputs "$OUTPUTS"' for study in STUDIES]
+    return "\n".join([*lines, ""])
+
+
+def page(results: Path, kept: list[Kept]) -> str:
+    """results/README.md: every figure, its command, data, machine, seeds and hours."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).",
+        "Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of",
+        "headline runs. `python3 <script> <number> <options> --outputs results` prints a study's table and trains",
+        "nothing that is here; with `--evaluate` it measures what has a checkpoint anew. `sh results/studies.sh DATA`",
+        "trains everything again, resumably.",
+        "",
+        "## Data",
+        "",
+        *(f"- {text}." for text in DATASETS.values()),
+        "",
+        "## Studies",
+        "",
+        "Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), on one thread",
+        "beside other work: they say what the studies cost here, not how fast a step is. Runs of two studies count in",
+        "both.",
+        "",
+        "| study | runs | seeds | epochs | hours | data | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sections = []
+    for study in STUDIES:
+        found = study_runs(kept, study)
+        if not found:
+            lines.append(f"| {study.name} | none yet | | {study.epochs} | | | |")
+            continue
+        seeds = ", ".join(map(str, sorted({one.run.seed for one in found})))
+        hours = sum(sum(row["seconds"] for row in one.rows[: study.epochs]) for one in found) / 3600
+        diverged = sum(one.diverged() for one in found)
+        runs = f"{len(found)}" + (f" ({diverged} diverged)" if diverged else "")
+        data, machine = (", ".join(sorted({getattr(one, name) for one in found})) for name in ("data", "device"))
+        lines.append(f"| {study.name} | {runs} | {seeds} | {study.epochs} | {hours:.2f} | {data} | {machine} |")
+        sections += ["", f"### {study.name}", "", f"{study.title[0].upper()}{study.title[1:]}. `{study.command}`", ""]
+        if (results / "reports" / f"{study.name}.png").exists():
+            sections.append(f"![{study.title}](reports/{study.name}.png)")
+        sections += ["", f"[table](reports/{study.name}.md), [rows](reports/{study.name}.csv)"]
+    total = defaultdict(float)
+    for one in kept:
+        total[one.device] += one.seconds / 3600
+    lines += ["", "All runs, each once: " + "; ".join(f"{h:.2f} hours on {d}" for d, h in sorted(total.items())) + "."]
+    return "\n".join([*lines, "", "## Figures", *sections, ""])
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path.parent):
+        replace(path, lambda file: file.write(text.encode()))
