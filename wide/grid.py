@@ -10,9 +10,11 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.batches import note_other_batches, require_same_batches
+from wide.claims import Busy
+from wide.files import writing
 from wide.pace import Pace, duration
 from wide.recorders import Recorder
-from wide.runs import FINISHED, Busy, RunFolder, writing
+from wide.runs import FINISHED, RunFolder
 from wide.study import Study
 from wide.tasks import Task
 from wide.training import PREPARE, Training, train, train_as_worker, warm_up

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from wide.runs import writing
+from wide.files import writing
 
 COLOURS = {"red": (220, 50, 50), "green": (50, 190, 60), "blue": (60, 80, 220)}
 FORMS = ("disc", "square")

@@ -15,13 +15,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wide import UserError
+from wide.checkpoints import (
+    DIGEST,
+    Unusable,
+    pack_stream,
+    require_same_optimizer,
+    require_same_tensors,
+    unpack_stream,
+)
 from wide.devices import device_name
 from wide.networks import synchronise_normalisation
 from wide.optimizers import OPTIMIZERS
 from wide.processes import ALONE, Processes
 from wide.recorders import Recorder
 from wide.rules import RULES
-from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
+from wide.runs import Run, RunFolder, Thrift
 from wide.tasks import Task
 
 
@@ -65,9 +73,18 @@ class Training:
         return {name: p.detach() for name, p in self.rule.named_parameters() if p.requires_grad}
 
     def restore(self, state: dict) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            Unusable: it is none of this run, as far as that shows in names, shapes, types and settings.
+        """
+        if lacking := self.state().keys() - state.keys():
+            raise Unusable(f"it lacks {', '.join(sorted(lacking))}")
+        require_same_tensors(state["rule"], self.rule.state_dict(), "rule")
+        require_same_optimizer(state["optimizer"], self.optimizer)
+        self.stream = unpack_stream(state["stream"])
         self.rule.load_state_dict(state["rule"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.stream = unpack_stream(state["stream"])
         self.epoch = state["epoch"]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -264,9 +281,11 @@ def train(
         folder.check(task.fingerprint)
         training = Training(task, folder.run, processes, recorders)
         _start(training, folder)
-        work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if processes.count > 1 else None
-        with processes.working(work):
-            _train_epochs(training, folder, epochs)
+        if folder.progress()[1]:
+            several = processes.count > 1
+            work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if several else None
+            with processes.working(work):
+                _train_epochs(training, folder, epochs)
 
 
 def _start(training: Training, folder: RunFolder) -> None:
@@ -275,9 +294,11 @@ def _start(training: Training, folder: RunFolder) -> None:
     if (checkpoint := folder.load(device)) is not None:
         try:
             training.restore(checkpoint)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (Unusable, ValueError, TypeError, RuntimeError) as error:
             raise folder.damaged(folder.checkpoint_path, error) from error
     folder.keep(training.epoch)
+    if checkpoint is not None and checkpoint[DIGEST] is None:
+        folder.save(training.state())  # of an earlier version: from now on it says whose it is
     where = device_name(device) + (f", {count} processes" if count > 1 else "")
     folder.begin_session(training.task.fingerprint, where, training.epoch)
     if checkpoint is None:
@@ -295,12 +316,13 @@ def _train_epochs(training: Training, folder: RunFolder, epochs: int) -> None:
             finite = math.isfinite(row["train_loss"])
             for recorder in training.recorders:
                 row |= recorder.columns(training)
-            folder.append(row)
+            folder.require_claim()
             for recorder in training.recorders:
                 recorder.epoch(training, folder)
             if thrift.due() or training.epoch == epochs or not finite:
                 with thrift.saving():
-                    folder.save(training.state())
+                    folder.save(training.state(), row)
+            folder.append(row)  # last: it says that all else is there
             bar.update()
             if not finite:
                 break
