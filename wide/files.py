@@ -155,8 +155,26 @@ def temporary_name(name: str) -> str:
     return f".{name}.{HOST}.{os.getpid()}.part"
 
 
-# The second form is that of earlier versions.
-TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.part|\..+\.(?:pt|csv|json|md|png)\.(?P<old>\d+)")
+@contextlib.contextmanager
+def temporary_folder(within: Path, name: str):
+    """A new folder for what is not whole yet; it is gone afterwards.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = within / temporary_name(name)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# The other forms are those of earlier versions.
+TEMPORARY = re.compile(
+    r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.part|\..+\.(?:pt|csv|json|md|png)\.\d+|\.(?:download|shapes)-\w+"
+)
 
 
 def sweep(folder: Path, own: bool = False) -> None:

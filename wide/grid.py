@@ -128,7 +128,7 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress")
         return f"{folder.run.name}: left to the process that is training it", "another process is training it"
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
-            folder.error_path.write_text(traceback.format_exc())
+            folder.error_path.write_text(traceback.format_exc(), encoding="utf-8")
         return f"{folder.run.name}: failed: {_first_line(error)}", f"{_first_line(error)}; see {folder.error_path}"
 
 

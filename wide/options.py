@@ -61,6 +61,7 @@ class Options:
         network: the kind: cnn, mlp or rnn.
         data, step, record: see there.
         device, precision: as given; "auto" among them.
+        deterministic: use only algorithms that give the same every time.
         outputs: where results go.
         grid: values that replace the experiment's own, by the names of its axes and settings.
         quick: a small grid, for a first look.
@@ -74,6 +75,7 @@ class Options:
     record: RecordOptions = RecordOptions()
     device: str = "auto"
     precision: str = "auto"
+    deterministic: bool = False
     outputs: Path = Path("outputs")
     grid: Mapping[str, object] = dataclasses.field(default_factory=dict)
     quick: bool = False

@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -23,7 +22,7 @@ from wide.checkpoints import (
     require_same_tensors,
     unpack_stream,
 )
-from wide.devices import device_name
+from wide.devices import device_name, exact, finish, memory_for
 from wide.networks import synchronise_normalisation
 from wide.optimizers import OPTIMIZERS
 from wide.processes import ALONE, Processes
@@ -228,8 +227,7 @@ class Training:
 
     def clock(self) -> float:
         """Seconds, when all that was queued on the device is done."""
-        if self.task.device.type == "cuda":
-            torch.cuda.synchronize(self.task.device)
+        finish(self.task.device)
         return time.perf_counter()
 
 
@@ -237,13 +235,14 @@ class Averages:
     """Means over examples, kept on the device so that no step waits for them."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self.sums: dict[str, Tensor] = {}
         self.examples = 0
 
     def add(self, measures: dict[str, Tensor], examples: int) -> None:
         """Means over so many examples."""
         for name, value in measures.items():
-            self.sums[name] = self.sums[name].to(value.device) + value * examples
+            total = torch.zeros((), dtype=exact(value.device), device=value.device)
+            self.sums[name] = self.sums.get(name, total) + value * examples
         self.examples += examples
 
     def values(self, processes: Processes) -> dict[str, float]:
@@ -277,7 +276,7 @@ def train(
         UserError: the folder cannot be used (see RunFolder).
         Busy: another process trains this run.
     """
-    with folder.locked():
+    with folder.locked(), memory_for(folder.run, task.device):
         folder.check(task.fingerprint)
         training = Training(task, folder.run, processes, recorders)
         _start(training, folder)
@@ -372,5 +371,6 @@ def _packed(state: dict) -> bytes:
 
 def warm_up(task: Task, run: Run, steps: int = 10) -> None:
     """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
-    for _ in itertools.islice(Training(task, run).steps(), steps):
-        pass
+    with memory_for(run, task.device):
+        for _ in itertools.islice(Training(task, run).steps(), steps):
+            pass
