@@ -3,6 +3,7 @@
 Nothing in them is run: they load with weights_only=True.
 """
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def require_same_optimizer(given: object, optimizer: torch.optim.Optimizer) -> N
     Settings that only one version of torch knows are not compared.
     """
     expected = optimizer.state_dict()
-    try:
+    with _understood(given, "its optimiser is not this run's"):
         groups, state = given["param_groups"], given["state"]
         for group, mine in zip(groups, expected["param_groups"], strict=True):
             for name in group.keys() & mine.keys():
@@ -113,8 +114,19 @@ def require_same_optimizer(given: object, optimizer: torch.optim.Optimizer) -> N
             for tensor in memory.values():
                 if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != learning[index].shape:
                     raise Unusable(f"its optimiser remembers {tuple(tensor.shape)} for {tuple(learning[index].shape)}")
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
-        raise Unusable("its optimiser is not this run's") from error
+
+
+@contextlib.contextmanager
+def _understood(given: object, otherwise: str):
+    """Raise Unusable with this reason where `given`, from a file, is not made up as what happens within supposes."""
+    if not isinstance(given, Mapping):
+        raise Unusable(otherwise)
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:  # of whatever stands there
+        raise Unusable(otherwise) from error
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +148,7 @@ def unpack_stream(packed: object) -> np.random.RandomState:
     Raises:
         Unusable: it is no state of a generator. NumPy does not look: a position outside its keys ends the process.
     """
-    try:
+    with _understood(packed, "it holds no state of a generator"):
         kind, keys, position, has_gauss, cached = (
             packed[name] for name in ("kind", "keys", "position", "has_gauss", "cached")
         )
@@ -151,8 +163,6 @@ def unpack_stream(packed: object) -> np.random.RandomState:
             and has_gauss in (0, 1)
             and math.isfinite(cached)
         )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise Unusable("it holds no state of a generator") from error
     if not good:
         raise Unusable("the state of its generator is out of range")
     stream = np.random.RandomState()

@@ -324,9 +324,12 @@ class RunFolder:
         return self.path / "parameters" / f"epoch_{epoch}.pt"
 
     def kept_epochs(self) -> set[int]:
-        """The epochs whose parameters are kept, where the initial ones are too."""
+        """The epochs whose parameters are kept, where the initial ones are too; of a run that goes on, those it has."""
         names = [path.name for path in self.parameters_path(0).parent.glob("epoch_*.pt")]
         epochs = {int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
+        if self.checkpoint_path.exists():  # what a kill before an epoch's row left is written again
+            trained, _ = self.progress()
+            epochs = {epoch for epoch in epochs if epoch <= trained}
         return epochs if 0 in epochs else set()
 
     def save_parameters(self, epoch: int, parameters: dict[str, torch.Tensor]) -> None:
@@ -396,13 +399,18 @@ class RunFolder:
             replace(self.metrics_path, lambda file: file.write(text.encode()))
 
 
+def _same(mine: object, theirs: object) -> bool:
+    """Whether two settings are equal; what is no setting, such as a tensor in a file of another program, is not."""
+    return isinstance(theirs, str | int | float | None) and mine == theirs
+
+
 def differences(mine: Mapping[str, object], theirs: object) -> str:
     """In words, where another identity of a run differs from this one; empty where it does not."""
     if not isinstance(theirs, Mapping):
         return "no settings"
     # A setting that came into use after a run was made had its usual value then.
     mine, theirs = _USUAL | mine, _USUAL | theirs
-    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    differing = sorted(key for key in mine.keys() | theirs.keys() if not _same(mine.get(key), theirs.get(key)))
     return ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
 
 

@@ -293,7 +293,7 @@ def _start(training: Training, folder: RunFolder) -> None:
     if (checkpoint := folder.load(device)) is not None:
         try:
             training.restore(checkpoint)
-        except (Unusable, ValueError, TypeError, RuntimeError) as error:
+        except (Unusable, ValueError, TypeError) as error:
             raise folder.damaged(folder.checkpoint_path, error) from error
     folder.keep(training.epoch)
     if checkpoint is not None and checkpoint[DIGEST] is None:
