@@ -975,7 +975,8 @@ def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
     """Between two tensors as vectors, in degrees; None where it is undefined."""
     if one is None or other is None:
         return None
-    one, other = one.detach().double().flatten(), other.detach().double().flatten()
+    # Double precision, on the host where a device has none (mps).
+    one, other = ((t.cpu() if t.device.type == "mps" else t).detach().double().flatten() for t in (one, other))
     if not one.any() or not other.any():
         return None
     one, other = one / one.norm(), other / other.norm()

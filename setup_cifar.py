@@ -42,7 +42,11 @@ class CIFAR(ImageDataset):
         start = 0
         # File by file into place, so that all records and all images are never in memory together.
         for path, count in zip(paths, counts, strict=True):
-            records = np.frombuffer(self.content(path), np.uint8).reshape(count, self.record)
+            with self.reading(path):
+                content = path.read_bytes()
+            if len(content) != count * self.record:
+                raise self.damaged("changes while it is read", path)
+            records = np.frombuffer(content, np.uint8).reshape(count, self.record)
             part = slice(start, start + count)
             labels[part], images[part] = records[:, 0], records[:, 1:].reshape(count, *self.image_shape)
             self.check_labels(labels[part], path)

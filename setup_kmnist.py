@@ -29,6 +29,8 @@ from wide.command_line import setup
 from wide.datasets import ImageDataset
 from wide.runs import replace, writing
 
+MOST_UNPACKED = 1032  # bytes that deflate makes of one, at most (zlib's technical details)
+
 
 class KMNIST(ImageDataset):
     """60000 training and 10000 test images, 28x28 in grey; see `ImageDataset`."""
@@ -60,18 +62,25 @@ class KMNIST(ImageDataset):
         Raises:
             UserError: the file does not hold that.
         """
-        content = self.content(path, gzip.open)
         dimensions = 1 + len(item_shape)
         start = 4 + 4 * dimensions
-        if len(content) < start or content[:4] != bytes([0, 0, 8, dimensions]):
-            raise self.damaged(f"is no IDX file of bytes in {dimensions} dimensions", path)
-        shape = struct.unpack(f">{dimensions}I", content[4:start])
-        if shape[1:] != item_shape:
-            raise self.damaged(f"holds images of {shape[1:]} pixels, not {item_shape}", path)
-        size, announced = len(content) - start, math.prod(shape)
-        if size != announced:
-            raise self.damaged(f"holds {size} bytes of data, not {announced} as its header says", path)
-        return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # a copy that can be written to
+        with self.reading(path), gzip.open(path) as file:
+            header = file.read(start)
+            if len(header) < start or header[:4] != bytes([0, 0, 8, dimensions]):
+                raise self.damaged(f"is no IDX file of bytes in {dimensions} dimensions", path)
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            if shape[1:] != item_shape:
+                raise self.damaged(f"holds images of {shape[1:]} pixels, not {item_shape}", path)
+            announced = math.prod(shape)
+            if announced > MOST_UNPACKED * path.stat().st_size:
+                raise self.damaged(f"is too small for the {announced} bytes of data that its header announces", path)
+            # No more than announced, whatever the file unpacks to.
+            array = np.empty(announced, np.uint8)
+            size = file.readinto(array)
+            if size != announced or file.read(1):
+                holds = size if size < announced else "more"
+                raise self.damaged(f"holds {holds} bytes of data, not {announced} as its header says", path)
+        return array.reshape(shape)
 
 
 class OfficialTestImages(KMNIST):

@@ -13,6 +13,7 @@ from running import script
 from wide.alignment import AlignmentScores, Pair, PairParameters, layer_scores
 from wide.alignment_report import read_scores
 from wide.networks import ConvolutionalNetwork, RecurrentNetwork, draw
+from wide.parameters import load as load_parameters
 from wide.recorders import KeptParameters
 from wide.runs import Run, RunFolder
 from wide.scores import exact_score
@@ -75,7 +76,7 @@ def test_pairs_resume_to_the_same_scores(tmp_path):
     train(task, parts, 3, recorders)
     assert read_scores(whole, 3) == read_scores(parts, 3)
     assert len(read_scores(whole, 3)) == 3
-    kept = [torch.load(f.path / "parameters" / "epoch_2.pt", weights_only=True) for f in (whole, parts)]
+    kept = [load_parameters(f.parameters_path(2)).tensors for f in (whole, parts)]
     assert {name.split(".")[0] for name in kept[0]} == {"network", "align"}
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     assert (whole.path / "parameters" / "epoch_0.pt").exists()

@@ -8,6 +8,7 @@ from running import script
 from small_data import made_up, write_kmnist
 
 import train_kmnist
+from wide.checkpoints import DIGEST, sealed
 from wide.evaluation import Comparison, replay, restored
 from wide.options import DataOptions
 from wide.runs import Run, RunFolder
@@ -48,12 +49,30 @@ def test_finished_runs_are_met_exactly(kmnist, finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def test_a_changed_number_is_not_met(kmnist, outputs):
-    path = outputs / "kmnist" / NAME.format("align_ada") / "metrics.csv"
+def change(path):
+    """Another test accuracy in the last row of a metrics.csv; returns its text."""
     *first, last = path.read_text().splitlines()
     fields = last.split(",")
-    fields[4] = str(float(fields[4]) + 0.01)  # test_accuracy
+    fields[4] = str(float(fields[4]) + 0.01)
     path.write_text("\n".join([*first, ",".join(fields), ""]))
+    return path.read_text()
+
+
+def test_a_changed_number_is_told(kmnist, outputs):
+    change(outputs / "kmnist" / NAME.format("align_ada") / "metrics.csv")
+    done = evaluated(kmnist, outputs)
+    assert done.returncode == 1
+    assert "its rows are not those that checkpoint.pt was saved with" in done.stderr
+    assert done.stderr.count("failed") == 1
+    assert done.stdout.count("| met, exactly |") == 2 * (len(RULES) - 1)
+
+
+def test_a_number_changed_in_the_checkpoint_too_is_not_met(kmnist, outputs):
+    folder = outputs / "kmnist" / NAME.format("align_ada")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del checkpoint[DIGEST]
+    checkpoint["metrics"] = change(folder / "metrics.csv")
+    torch.save(sealed(checkpoint), folder / "checkpoint.pt")
     done = evaluated(kmnist, outputs)
     assert done.returncode == 1
     assert done.stdout.count("NOT met") == 1

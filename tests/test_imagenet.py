@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,43 @@ def test_all_kinds_of_images_are_read_as_rgb(tmp_path, mode, name):
     image = read_image(str(path))
     assert image.shape == (3, 40, 60)
     assert (image.int() - expected.int()).abs().max() <= 2
+
+
+RAMP = np.linspace(0, 65535, 40 * 60).round().reshape(40, 60).astype(np.uint16)
+DEEP = {"a.png": RAMP, "a.tif": RAMP, "b.tif": RAMP.astype(">u2"), "a.pgm": RAMP}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_images_of_16_bits_are_scaled_to_8(tmp_path, name):
+    Image.fromarray(DEEP[name]).save(tmp_path / name)
+    expected = torch.from_numpy((RAMP / 257).round().astype(np.uint8))
+    assert torch.equal(read_image(str(tmp_path / name)), expected.expand(3, 40, 60))
+
+
+@pytest.mark.parametrize("numbers", [RAMP.astype(np.float32) / 65535, RAMP.astype(np.int32)], ids=["float", "32 bits"])
+def test_images_without_a_range_are_unreadable(tmp_path, numbers):
+    Image.fromarray(numbers).save(tmp_path / "a.tif")
+    with pytest.raises(UNREADABLE, match="no defined range"):
+        read_image(str(tmp_path / "a.tif"))
+
+
+def test_of_an_animation_the_first_image_is_read(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert read_image(str(tmp_path / "a.webp"))[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_images_are_not_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(str(tmp_path / "a.jpg")).shape == (3, 20, 30)
+
+
+def test_images_reach_workers_that_are_spawned(folders):
+    """As on macOS and Windows: what a worker is given is pickled."""
+    images = pickle.loads(pickle.dumps(Images(folders / "train", "train")))
+    assert images[3, 5][0].shape == (3, 224, 224)
 
 
 def spoil(path):

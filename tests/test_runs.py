@@ -13,8 +13,11 @@ from running import ROOT
 
 from align_rules import gradient_angles
 from wide import UserError
+from wide.checkpoints import pack_stream, unpack_stream
+from wide.files import append_rows
+from wide.locks import Busy
 from wide.recorders import Angles, Recorder
-from wide.runs import Busy, Run, RunFolder, Thrift, append_rows, effective_batch, pack_stream, unpack_stream
+from wide.runs import Run, RunFolder, Thrift, effective_batch
 from wide.tasks import AddTask
 from wide.training import Training, train
 
@@ -220,13 +223,13 @@ def test_damaged_metrics(task, tmp_path, text):
         folder.status(1)
 
 
-@pytest.mark.parametrize("damage", ["last row", "all"])
-def test_rows_that_a_checkpoint_covers_are_needed(task, tmp_path, damage):
+@pytest.mark.parametrize("kept", [2, 0])
+def test_rows_that_a_checkpoint_covers_are_needed(task, tmp_path, kept):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 3)
     lines = folder.metrics_path.read_text().splitlines(keepends=True)
-    folder.metrics_path.write_text("".join(lines[:-1]) if damage == "last row" else "")
-    with pytest.raises(UserError, match="rows up to epoch 3 are missing"):
+    folder.metrics_path.write_text("".join(lines[:kept]))
+    with pytest.raises(UserError, match=r"rows up to epoch 3 are missing.*delete it, and training goes on"):
         train(task, folder, 5)
 
 
@@ -258,7 +261,7 @@ def test_checkpoints_load_without_unpickling_code(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 1)
     state = torch.load(folder.checkpoint_path, weights_only=True)
-    assert {"epoch", "rule", "optimizer", "stream"} == state.keys()
+    assert {"epoch", "rule", "optimizer", "stream", "run", "metrics", "digest"} == state.keys()
     assert any(name.startswith("initial.") for name in state["rule"])
 
 

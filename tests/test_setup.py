@@ -5,10 +5,12 @@ import hashlib
 import importlib.util
 import io
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 
 from setup_cifar import CIFAR
 from setup_kmnist import KMNIST, split_test_images
-from wide import UserError, datasets
+from wide import UserError, datasets, files
 from wide.command_line import setup
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -258,7 +260,15 @@ def test_what_a_killed_download_left_is_never_taken_for_data(dataset, tmp_path, 
     stale.mkdir(parents=True)
     for file in (*dataset.md5, *dataset.train_files):
         (stale / file).write_bytes(b"half")
+    os.utime(stale, (1, 1))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    newer = stale.with_name(f".download.{files.HOST}.{ended.pid}.part")
+    newer.mkdir()
+    running = stale.with_name(f".download.elsewhere.{ended.pid}.part")
+    running.mkdir()
     assert_holds_small(dataset(tmp_path / "data", mirror.url), dataset)
+    assert [path for path in stale.parent.iterdir() if path.is_dir()] == [running]
 
 
 @both
@@ -339,18 +349,23 @@ def test_a_full_disk_is_not_blamed_on_the_connection(tmp_path, mirror, monkeypat
 
 IDX_IMAGES, IDX_LABELS = KMNIST.train_files
 HEADER = b"\x00\x00\x08\x03"
+WHOLE = gzip.compress(HEADER + struct.pack(">3I", 30, 28, 28) + np.random.RandomState(0).bytes(30 * 28 * 28))
 DAMAGED_KMNIST = {
     "no gzip": (IDX_IMAGES, b"<html>not found</html>", "cannot be read"),
     "empty": (IDX_IMAGES, b"", "no IDX file"),
-    "cut gzip": (IDX_IMAGES, gzip.compress(bytes(range(256)) * 9)[:-20], "cannot be read"),
-    "changed gzip": (IDX_IMAGES, gzip.compress(bytes(99))[:12] + b"\xff" * 20, "cannot be read"),
+    "cut gzip": (IDX_IMAGES, WHOLE[:-20], "cannot be read"),
+    "changed gzip": (IDX_IMAGES, WHOLE[:500] + bytes([WHOLE[500] ^ 1]) + WHOLE[501:], "cannot be read"),
     "short header": (IDX_IMAGES, gzip.compress(HEADER + b"\x00\x00"), "no IDX file"),
     "labels for images": (IDX_IMAGES, gzip.compress(b"\x00\x00\x08\x01" + bytes(99)), "no IDX file"),
     "images for labels": (IDX_LABELS, gzip.compress(HEADER + bytes(99)), "no IDX file"),
     "floats": (IDX_IMAGES, gzip.compress(b"\x00\x00\x0d\x03" + bytes(99)), "no IDX file"),
     "other size": (IDX_IMAGES, gzip.compress(HEADER + b"\x00\x00\x00\x01" * 3 + b"x"), "(1, 1) pixels"),
     "too little data": (IDX_LABELS, gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x1e" + bytes(29)), "29 bytes"),
-    "too much data": (IDX_LABELS, gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x1e" + bytes(31)), "31 bytes"),
+    "too much data": (
+        IDX_LABELS,
+        gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x1e" + bytes(31)),
+        "more bytes of data, not 30",
+    ),
     "label 10": (IDX_LABELS, gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x1e" + b"\n" * 30), "label 10"),
     "other count": (IDX_LABELS, gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x1d" + bytes(29)), "30 images, 29 labels"),
 }
@@ -376,6 +391,25 @@ def test_damaged_files_are_named_with_the_remedy(dataset, file, content, complai
     assert str(path) in message
     assert complaint in message
     assert f"python3 setup_{dataset.name}.py --data-dir {tmp_path}" in message
+
+
+def test_no_more_is_unpacked_than_the_header_announces(tmp_path):
+    """A file of half a MB that holds 512 MB."""
+    path = written(KMNIST, tmp_path) / IDX_LABELS
+    header = b"\x00\x00\x08\x01" + (30).to_bytes(4, "big")
+    path.write_bytes(gzip.compress(header + bytes(2**16), compresslevel=1) + gzip.compress(bytes(2**20)) * 512)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="holds more bytes of data, not 30"):
+        KMNIST(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_more_is_announced_than_a_file_can_hold(tmp_path):
+    path = written(KMNIST, tmp_path) / IDX_IMAGES
+    path.write_bytes(gzip.compress(HEADER + b"\xff" * 4 + (28).to_bytes(4, "big") * 2))
+    with pytest.raises(UserError, match="is too small for the 3367254359280 bytes"):
+        KMNIST(tmp_path)
 
 
 @both

@@ -15,6 +15,7 @@ from wide.processes import join
 from wide.report import write_report
 from wide.runs import Run, RunFolder
 
+RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50)
 TINY = ["--widths", 8, "--rules", "backprop", "--epochs", 1]
 SCRIPTS = sorted(path for stem in ("setup", "train", "alignment") for path in ROOT.glob(f"{stem}_*.py"))
 
@@ -58,24 +59,12 @@ def test_a_terminal_of_ascii(tmp_path):
     assert " ± " in (tmp_path / "add" / "experiment_1.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_file_systems_without_locks(tmp_path, monkeypatch, capsys, code):
-    def flock(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    for width in (4, 8):
-        with RunFolder(tmp_path, Run("add", "rnn", "fa", width, 0.001, 99, 50)).locked():
-            pass
-    assert capsys.readouterr().err.count("without locks") == 1
-
-
 def test_other_errors_of_locks_are_errors(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(OSError), RunFolder(tmp_path, Run("add", "rnn", "fa", 4, 0.001, 99, 50)).locked():  # noqa: PT011
+    with pytest.raises(UserError, match="Input/output error"), RunFolder(tmp_path, RUN).locked():
         pass
 
 

@@ -73,6 +73,11 @@ def layer_scores(
     return scores
 
 
+def _exact(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """By name, on a device that has double precision, which scores are computed in."""
+    return {name: p.cpu() if p.device.type == "mps" else p for name, p in parameters}
+
+
 def scored_layers(network: nn.Module) -> list[str]:
     """The names of the layers between input and readout, from the input on."""
     return [name for name in input_sizes(network, (1, 1)) if name not in ("input", "readout")]
@@ -98,5 +103,5 @@ class AlignmentScores(Recorder):
             numbers = range(1, len(scored_layers(pair.initial)) + 1)
             return {f"{kind}_{k}": None for k in numbers for kind in ("score", "control")}
         networks = (pair.initial, pair.network, pair.align)
-        parameters = PairParameters(*(dict(network.named_parameters()) for network in networks))
+        parameters = PairParameters(*(_exact(network.named_parameters()) for network in networks))
         return layer_scores(pair.initial, parameters, self.image_size)

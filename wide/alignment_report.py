@@ -39,8 +39,15 @@ class LayerScore:
 
 
 def read_scores(folder: RunFolder, epochs: int) -> list[LayerScore]:
-    """The defined scores of a run that were taken while it trained, up to an epoch."""
-    return [score for row in folder.rows()[:epochs] for score in _of_layers(folder, int(row["epoch"]), row)]
+    """The defined scores of a run that were taken while it trained, up to an epoch.
+
+    Raises:
+        UserError: its metrics are damaged.
+    """
+    try:
+        return [score for row in folder.rows()[:epochs] for score in _of_layers(folder, int(row["epoch"]), row)]
+    except (KeyError, ValueError) as error:  # names of columns
+        raise folder.damaged(folder.metrics_path, ValueError("its columns are not score_1, control_1, ...")) from error
 
 
 def kept_scores(study: "Study", folder: RunFolder, epochs: set[int]) -> list[LayerScore]:

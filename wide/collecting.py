@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from wide import UserError, claims
+from wide.files import replace, writing
 from wide.results import (
     ROOT,
     Kept,
@@ -14,7 +15,6 @@ from wide.results import (
     write_reports,
     write_text,
 )
-from wide.runs import replace, writing
 
 START, END = "<!-- made by collect_results.py: start -->", "<!-- made by collect_results.py: end -->"
 

@@ -12,7 +12,7 @@ from align_rules import RULES
 from wide import UserError, collecting
 from wide.alignment_report import score_files
 from wide.datasets import ImageDataset
-from wide.devices import PRECISIONS
+from wide.devices import DEVICES, PRECISIONS
 from wide.experiments import Experiment, Subject
 from wide.grid import Failures, run
 from wide.memory import keep_memory
@@ -91,6 +91,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
         parallel=_parallel(arguments),
         device=arguments.device,
         precision=arguments.precision,
+        deterministic=arguments.deterministic,
         outputs=arguments.outputs,
         grid={name: _unrepeated(value) for name, value in given.items()},
         quick=arguments.quick,
@@ -181,7 +182,9 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     if subject.variants:
         default = "default %(default)s (docs/differences.md)"
         add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    add("--device", choices=DEVICES, default="auto", help="default: a GPU where there is one")
+    same = "use only algorithms that give the same numbers every time, on GPUs too; slower, and some have none"
+    add("--deterministic", action="store_true", help=same)
     add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
     add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
 
@@ -297,7 +300,7 @@ def number(kind: type, accepted: Callable[[float], bool], description: str) -> C
     return convert
 
 
-positive_int = number(int, lambda value: value >= 1, "a positive whole number")
+positive_int = number(int, lambda value: 1 <= value < 2**31, "a positive whole number below 2**31")
 epoch_number = number(int, lambda value: value >= 0, "a whole number of at least 0")
 positive_float = number(float, lambda value: value > 0 and math.isfinite(value), "a positive number")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number between 0 and 2**32 - 1")

@@ -3,14 +3,14 @@
 What a dataset's files are called, where they come from and how they are read is said in its setup script.
 """
 
+import contextlib
 import hashlib
 import os
 import shlex
 import tarfile
-import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wide import UserError
+from wide.files import sweep, temporary_folder
 
 TIMEOUT = 30  # seconds without a byte before a download counts as failed
 CHUNK = 1 << 18  # bytes
@@ -101,11 +102,11 @@ class ImageDataset:
         files, them = " and ".join(map(str, paths)), "it" if len(paths) == 1 else "them"
         return UserError(f"{files} {problem}; delete {them} and run {self.command}")
 
-    def content(self, path: Path, opener: Callable = open) -> bytes:
-        """All bytes of a file, opened with `open`, or `gzip.open` to unpack them; UserError if it cannot be read."""
+    @contextlib.contextmanager
+    def reading(self, path: Path):
+        """What happens within reads a file, plain or gzip; UserError if it cannot be read."""
         try:
-            with opener(path, "rb") as file:
-                return file.read()
+            yield
         except (OSError, EOFError, zlib.error) as error:  # the last two: cut short or changed within a gzip stream
             raise self.damaged(f"cannot be read ({getattr(error, 'strerror', None) or error})", path) from error
 
@@ -121,6 +122,7 @@ class ImageDataset:
         return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
 
     def _find(self, url: str) -> None:
+        sweep(self.folder)
         files = dict.fromkeys(self.train_files + self.test_files)
         missing = [file for file in files if not os.path.exists(self.folder / file)]
         if not missing:
@@ -128,10 +130,10 @@ class ImageDataset:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Inside the folder, so that what is whole can be moved into place within one file system.
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=self.folder) as arrivals:
-                self._download(missing, url, Path(arrivals))
+            with temporary_folder(self.folder, "download") as arrivals:
+                self._download(missing, url, arrivals)
                 for file in missing:
-                    os.replace(Path(arrivals, file), self.folder / file)
+                    os.replace(arrivals / file, self.folder / file)
         except OSError as error:
             raise UserError(
                 f"{self.title} cannot be written to {self.folder} ({error.strerror or error}); "

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
-from wide.parameters import load
+from wide.checkpoints import Unusable
+from wide.parameters import kept_parameters
 from wide.runs import RunFolder
 from wide.study import Study
 from wide.tasks import Task
@@ -54,11 +55,11 @@ def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
     """Print a table of every run of the grid; return those whose metrics.csv is not met, with the reason.
 
     Raises:
-        UserError: several processes; no run of the grid can be measured; missing data, or a damaged file.
+        UserError: several processes; no run of the grid can be measured; missing data.
     """
     if study.processes.count > 1:
         raise UserError("--evaluate is for one process")
-    kept = {folder: epoch for folder in study.folders if (epoch := kept_epoch(folder))}
+    kept = {folder for folder in study.folders if keeps_any(folder)}
     if not kept:
         raise UserError(
             f"none of {len(study.folders)} runs has a checkpoint or kept parameters in {study.outputs}; choose others "
@@ -71,17 +72,19 @@ def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
             state = folder.status(study.epochs)
             tqdm.write(f"| {folder.run.name} | - | - | - | - | {'missing' if state == 'missing' else 'not kept'} |")
             continue
-        if reason := _evaluate_one(study, task, folder):
+        try:
+            reason = _evaluate_one(study, task, folder)
+        except UserError as error:  # of this run's files: the others are measured all the same
+            reason = str(error)
+        if reason:
             failures.append((folder, reason))
     print(f"{len(kept)} of {len(study.folders)} runs measured, {len(failures)} not met")
     return failures
 
 
-def kept_epoch(folder: RunFolder) -> int | None:
-    """The epoch of the parameters that a run kept last, other than the initial ones."""
-    if folder.checkpoint_path.exists():
-        return folder.load(torch.device("cpu"))["epoch"] or None
-    return max(folder.kept_epochs(), default=0) or None
+def keeps_any(folder: RunFolder) -> bool:
+    """Whether a run kept parameters other than the initial ones."""
+    return folder.checkpoint_path.exists() or max(folder.kept_epochs(), default=0) > 0
 
 
 def _evaluate_one(study: Study, task: Task, folder: RunFolder) -> str | None:
@@ -135,12 +138,12 @@ def restored(task: Task, folder: RunFolder) -> Training:
     if folder.checkpoint_path.exists():
         try:
             training.restore(folder.load(task.device))
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (Unusable, ValueError, TypeError) as error:
             raise folder.damaged(folder.checkpoint_path, error) from error
         return training
     training.epoch = max(folder.kept_epochs())
     path = folder.parameters_path(training.epoch)
-    kept, parameters = load(path), training.parameters()
+    kept, parameters = kept_parameters(folder, training.epoch).tensors, training.parameters()
     if kept.keys() != parameters.keys():
         raise folder.damaged(path, ValueError("it holds other parameters than the run's"))
     for name, parameter in parameters.items():

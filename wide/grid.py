@@ -12,9 +12,11 @@ from tqdm import tqdm
 from wide import UserError
 from wide.batches import note_other_batches, require_same_batches
 from wide.evaluation import evaluate
+from wide.files import writing
+from wide.locks import Busy
 from wide.pace import Pace, duration
 from wide.recorders import Recorder
-from wide.runs import FINISHED, Busy, RunFolder, writing
+from wide.runs import FINISHED, RunFolder
 from wide.study import Study
 from wide.tasks import Task
 from wide.training import PREPARE, Training, train, train_as_worker, warm_up
@@ -173,7 +175,7 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress |
         return Outcome(f"{name}: left to the process that is training it", "another process is training it", busy=True)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
-            folder.error_path.write_text(traceback.format_exc())
+            folder.error_path.write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(f"{name}: failed: {first_line(error)}", f"{first_line(error)}; see {folder.error_path}")
 
 

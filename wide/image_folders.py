@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -35,6 +35,9 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # What Pillow raises for files that are missing, damaged or no images.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# Modes of Pillow with more than 8 bits a channel: whole numbers of 16 and of 32, and floating-point ones.
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I holds no more than 16
 TOLERATED = 1000  # one unreadable image among so many
 
 
@@ -82,12 +85,19 @@ class Images(Dataset):
 
 
 def read_image(path: str) -> Tensor:
-    """An image in RGB, uint8 (3, h, w).
+    """An image in RGB, uint8 (3, h, w), as torchvision reads it; of 16 bits a pixel, scaled to 8.
 
     Raises:
-        UNREADABLE: it is missing or damaged.
+        UNREADABLE: it is missing or damaged, or has no range that black and white are known of.
     """
-    return pil_to_tensor(default_loader(path))
+    with Image.open(path) as image:
+        if image.mode not in DEEP:
+            return pil_to_tensor(image.convert("RGB"))
+        if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
+            raise ValueError(f"pixels of mode {image.mode} have no defined range")
+        # Pillow would cut off at 255 instead.
+        levels = torch.from_numpy(np.asarray(image).astype(np.int64))
+    return ((levels + 128) // 257).clamp(0, 255).to(torch.uint8).expand(3, -1, -1).clone()
 
 
 class Keys(Sampler):

@@ -75,6 +75,7 @@ class Options:
         data, step, record: see there.
         parallel: how runs are placed side by side; None for one after the other.
         device, precision: as given; "auto" among them.
+        deterministic: use only algorithms that give the same every time.
         outputs: where results go.
         grid: values that replace the experiment's own, by the names of its axes and settings.
         quick: a small grid, for a first look.
@@ -90,6 +91,7 @@ class Options:
     parallel: ParallelOptions | None = None
     device: str = "auto"
     precision: str = "auto"
+    deterministic: bool = False
     outputs: Path = Path("outputs")
     grid: Mapping[str, object] = dataclasses.field(default_factory=dict)
     quick: bool = False

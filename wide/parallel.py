@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.devices import choose_device, choose_precision, usable_cores
+from wide.files import writing
 from wide.grid import Failures, Outcome, first_line, say, train_one
 from wide.memory import keep_memory
 from wide.pace import Pace, duration, makespan
-from wide.runs import FINISHED, Run, RunFolder, writing
+from wide.runs import FINISHED, Run, RunFolder
 from wide.study import Machine, Study
 from wide.tasks import Task
 
@@ -147,6 +148,7 @@ def prepared(packed: bytes) -> tuple[Study, Task]:
     keep_memory()
     torch.set_num_threads(study.options.parallel.threads)
     device = choose_device(study.machine.device.type)
+    choose_algorithms(study.options.deterministic)
     study = dataclasses.replace(study, machine=Machine(device, choose_precision(study.machine.precision, device)))
     return study, study.task()
 

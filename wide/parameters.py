@@ -1,34 +1,45 @@
 """Parameters of the paper's networks in files: those that runs kept in outputs/, and state_dicts from elsewhere."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wide import UserError
 from wide.alignment import PairParameters
+from wide.checkpoints import DIGEST, Unusable, read_sealed
 from wide.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
-from wide.runs import RunFolder
+from wide.runs import RunFolder, differences
 
 KINDS = {ConvolutionalNetwork: "cnn", FullyConnectedNetwork: "mlp", RecurrentNetwork: "rnn"}
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state_dict, by name, on the CPU. No code in the file is run.
+class Parameters(NamedTuple):
+    """The tensors of a file, by name; and where a run kept it, whose they are, and after which epoch."""
+
+    tensors: dict[str, Tensor]
+    run: Mapping[str, object] | None = None
+    epoch: int | None = None
+
+
+def load(path: Path) -> Parameters:
+    """What a state_dict holds, or a file of parameters/, on the CPU. No code in the file is run.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it holds something else, or has changed since a run wrote it.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        reason = getattr(error, "strerror", None) or "it is no file of torch.save that loads with weights_only=True"
-        raise UserError(f"{path} cannot be read: {reason}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        content = read_sealed(path)
+    except Unusable as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    kept = content.pop(DIGEST) is not None
+    tensors = content.get("parameters") if kept else content
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds no state_dict: name the file of torch.save(network.state_dict(), ...)")
-    return dict(loaded)
+    return Parameters(dict(tensors), content.get("run"), content.get("epoch")) if kept else Parameters(dict(tensors))
 
 
 def load_pair(initial: Path, trained: Path, align: Path, strides: tuple[int, ...]) -> tuple[nn.Module, PairParameters]:
@@ -43,12 +54,18 @@ def load_pair(initial: Path, trained: Path, align: Path, strides: tuple[int, ...
         UserError: a file cannot be read, or holds other parameters than one of the paper's networks, or of other shapes
             than the first.
     """
-    paths, parts = (initial, trained, align), ("network.", "network.", "align.")
-    found = [_part(load(path), part) for path, part in zip(paths, parts, strict=True)]
+    return _pair((initial, trained, align), [load(path).tensors for path in (initial, trained, align)], strides)
+
+
+def _pair(
+    paths: tuple[Path, Path, Path], tensors: Sequence[dict[str, Tensor]], strides: tuple[int, ...]
+) -> tuple[nn.Module, PairParameters]:
+    """See `load_pair`."""
+    found = [_part(part, prefix) for part, prefix in zip(tensors, ("network.", "network.", "align."), strict=True)]
     try:
         network = network_like(found[0], strides)
     except ValueError as error:
-        raise UserError(f"{initial} holds no network of the paper's: {error}") from error
+        raise UserError(f"{paths[0]} holds no network of the paper's: {error}") from error
     expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     for path, parameters in zip(paths, found, strict=True):
         _require_shapes(path, parameters, expected)
@@ -91,6 +108,27 @@ def network_like(parameters: Mapping[str, Tensor], strides: tuple[int, ...]) -> 
 
 
 def kept_pair(folder: RunFolder, epoch: int, strides: tuple[int, ...]) -> tuple[nn.Module, PairParameters]:
-    """A pair after an epoch, from what its run kept in outputs/. Errors as for `load_pair`."""
-    after = folder.parameters_path(epoch)
-    return load_pair(folder.parameters_path(0), after, after, strides)
+    """A pair after an epoch, from what its run kept in outputs/.
+
+    Raises:
+        UserError: as for `load_pair`; or a file is of another run or epoch.
+    """
+    initial, after = kept_parameters(folder, 0), kept_parameters(folder, epoch)
+    paths = folder.parameters_path(0), folder.parameters_path(epoch), folder.parameters_path(epoch)
+    if initial.run and after.run and (was := differences(initial.run, after.run)):
+        raise UserError(f"{paths[1]} was trained with {was}, as {paths[0]} has it; put back what belongs together")
+    return _pair(paths, [initial.tensors, after.tensors, after.tensors], strides)
+
+
+def kept_parameters(folder: RunFolder, epoch: int) -> Parameters:
+    """What a run kept after an epoch. Files of earlier versions do not say whose they are."""
+    path = folder.parameters_path(epoch)
+    found = load(path)
+    if found.run is None:
+        return found
+    data = folder.config().get("run", found.run).get("data", "")  # parameters may be all that there is of a run
+    if was := differences(folder.identity(data), found.run):
+        raise UserError(f"{path} belongs to another run, with {was}; put its own back or delete {folder.path}")
+    if found.epoch != epoch:
+        raise UserError(f"{path} is of epoch {found.epoch}; put its own back or delete {folder.path}")
+    return found

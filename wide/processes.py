@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wide import UserError
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}  # by the kind of device
 TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets in the environment beside WORLD_SIZE
 
 
@@ -103,7 +104,8 @@ def join(device: torch.device) -> Processes:
     """The processes that torchrun has started, connected until they `leave`; else this one alone.
 
     Raises:
-        UserError: the environment speaks of several processes, but torchrun has not started them.
+        UserError: the environment speaks of several processes, but torchrun has not started them; or they cannot work
+            together on this device.
     """
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
@@ -111,9 +113,11 @@ def join(device: torch.device) -> Processes:
     if not count.isdigit() or any(name not in os.environ for name in TORCHRUN):
         others = ", ".join(TORCHRUN)
         raise UserError(f"WORLD_SIZE is {count} here without {others}; start with torchrun, or unset WORLD_SIZE")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type not in BACKENDS:
+        raise UserError(f"several processes cannot train together on {device.type}; use --device cpu")
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)
+    distributed.init_process_group(BACKENDS[device.type])
     return Processes(int(os.environ["RANK"]), int(count))
 
 

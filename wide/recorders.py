@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from align_rules import feedback_angles, gradient_angles, layer_weights
-from wide.runs import RunFolder, append_rows
+from wide.files import append_rows, writing
+from wide.runs import RunFolder
 
 if TYPE_CHECKING:
     from wide.training import Training
@@ -39,7 +40,10 @@ class Recorder:
         return {}
 
     def epoch(self, training: "Training", folder: RunFolder) -> None:
-        """After an epoch, number `training.epoch`, when its row stands in metrics.csv."""
+        """After an epoch, number `training.epoch`, before its row stands in metrics.csv, which says that all is there.
+
+        What is written here may be written again: after a kill before the row, the epoch is trained once more.
+        """
 
 
 class Angles(Recorder):
@@ -74,7 +78,8 @@ class Angles(Recorder):
 
     def epoch(self, training: "Training", folder: RunFolder) -> None:
         if self.rows:
-            append_rows(folder.path / self.file, self.rows)
+            with writing(folder.path):
+                append_rows(folder.path / self.file, self.rows)
             self.rows = []  # the next epoch may have none
 
 
@@ -110,7 +115,8 @@ class Changes(Recorder):
 
     def epoch(self, training: "Training", folder: RunFolder) -> None:
         if self.rows:
-            append_rows(folder.path / self.file, self.rows)
+            with writing(folder.path):
+                append_rows(folder.path / self.file, self.rows)
             self.rows = []
 
 

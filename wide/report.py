@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
+from wide.files import replace, sweep, writing
 from wide.rules import RULES
-from wide.runs import FINISHED, RunFolder, replace, writing
+from wide.runs import FINISHED, RunFolder
 from wide.tables import (
     Metrics,
     Summary,
@@ -89,6 +90,7 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
         UserError: they cannot be written.
     """
     with writing(path.parent):
+        sweep(path.parent)
         replace(path.with_suffix(".csv"), lambda file: file.write(rows.encode()))
         replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
     try:

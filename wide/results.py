@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wide import UserError
-from wide.runs import FINISHED, Run, RunFolder, replace, writing
+from wide.files import replace, writing
+from wide.runs import FINISHED, Run, RunFolder
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 20e6  # bytes of results/ in all

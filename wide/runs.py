@@ -4,6 +4,9 @@ outputs/<dataset>/<name>/ holds config.json (the identity, and where and with wh
 (a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), the files of recorders
 (wide/recorders.py) and, after a failure, error.txt.
 
+An epoch's row in metrics.csv is its receipt: it is written last, when all else that the epoch owes is on disk. The
+checkpoint holds the rows up to its epoch, so that one that lacks its row for being killed in between gets it back.
+
 The number of epochs is not part of the identity: with a constant learning rate it decides how far a run goes, not what
 its numbers are, so a longer experiment goes on where a shorter one stopped, and a shorter one reads its first epochs.
 """
@@ -12,32 +15,27 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import errno
-import functools
 import json
 import math
 import os
 import platform
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from wide import UserError
+from wide.checkpoints import DIGEST, Unusable, read_sealed, require_finite, sealed
+from wide.files import append_rows, csv_text, keep_rows, replace, sweep, whole_lines, writing
+from wide.locks import Claim
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs work, but two processes must not share one
-    fcntl = None
-
-# What flock says on file systems without it, such as Lustre and NFS may be.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Of a run's folder: from 2 on its checkpoint says what it belongs to, and one that does not is none of its own.
+FORMAT = 2
+LONGEST_PATH = 200 if os.name == "nt" else 3900  # characters, or bytes, of a folder's; its files need some more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,20 +102,23 @@ def effective_batch(batch_size: int, data_limit: int | None) -> int:
 FINISHED = ("done", "diverged")  # states of a run that need no more training
 
 
-class Busy(Exception):
-    """Another process is training this run."""
-
-
 class RunFolder:
-    """The files of one run. Nothing is created before the run is trained."""
+    """The files of one run. Nothing is created before the run is trained.
+
+    Raises:
+        UserError: its path is too long for this system.
+    """
 
     def __init__(self, outputs: Path, run: Run):
         self.run = run
         self.path = Path(outputs) / run.dataset / run.name
+        if len(os.fsencode(run.name)) > 250 or len(os.fsencode(self.path.absolute())) > LONGEST_PATH:
+            raise UserError(f"{self.path} is too long a path for this system; choose a shorter --outputs")
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.csv"
         self.checkpoint_path = self.path / "checkpoint.pt"
         self.error_path = self.path / "error.txt"
+        self.claim: Claim | None = None  # while this process trains it
         self._read: tuple[tuple | None, tuple[int, bool]] = (None, (0, True))  # see `progress`
 
     # --- what is there
@@ -126,15 +127,23 @@ class RunFolder:
         """config.json, or an empty dict.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or is another run's.
         """
         if not self.config_path.exists():
             return {}
         try:
-            config = json.loads(self.config_path.read_text())
-            return {"run": dict(config["run"]), "sessions": list(config["sessions"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            config = json.loads(self.config_path.read_text(encoding="utf-8"))
+            run, sessions = dict(config["run"]), list(config["sessions"])
+            version = config.get("format", 1)
+            if not isinstance(run["data"], str) or not all(isinstance(s["device"], str) for s in sessions):
+                raise ValueError("its data or devices are no texts")
+            if type(version) is not int or not 1 <= version <= FORMAT:
+                raise ValueError(f"its format is {version!r}, this code knows up to {FORMAT}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self.damaged(self.config_path, error) from error
+        if other := differences(self.identity(run["data"]), run):
+            raise self.foreign(self.path, other)
+        return {"run": run, "sessions": sessions, "format": version}
 
     def rows(self) -> list[dict[str, float | None]]:
         """The whole rows of metrics.csv; a last one that was cut off in writing is left out.
@@ -145,18 +154,28 @@ class RunFolder:
         if not self.metrics_path.exists():
             return []
         try:
-            lines = self.metrics_path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            rows = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(whole)]
+            lines = whole_lines(self.metrics_path)
+            reader = csv.DictReader(lines, strict=True)
+            rows = [{key: _number(value) for key, value in row.items()} for row in reader]
+            if len(set(reader.fieldnames or ())) != len(reader.fieldnames or ()):
+                raise ValueError("two columns have one name")
             if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
                 raise ValueError("its rows are not those of consecutive epochs")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(row["train_loss"], int | float) for row in rows):
+                raise ValueError("a row has no train_loss")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise self.damaged(self.metrics_path, error) from error
         return rows
 
     def damaged(self, path: Path, error: Exception) -> UserError:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"{path} is damaged ({what}); delete {self.path} to train that run anew")
+        again = f"delete {self.path} to train that run anew"
+        if path == self.metrics_path and self.checkpoint_path.exists():
+            again = f"delete it, and training goes on with the rows that checkpoint.pt holds, or {again}"
+        return UserError(f"{path} is damaged ({what}); {again}")
+
+    def foreign(self, path: Path, was: str) -> UserError:
+        return UserError(f"{path} was trained with {was}; use another --outputs folder or delete it")
 
     def progress(self) -> tuple[int, bool]:
         """The number of epochs trained, and whether the last one's loss is finite.
@@ -203,7 +222,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self):
-        """Hold the run for this process; the folder is made where it is missing.
+        """Hold the run for this process; the folder is made where it is missing, and rid of what dead processes left.
 
         Raises:
             Busy: another process holds it.
@@ -211,31 +230,29 @@ class RunFolder:
         """
         with contextlib.ExitStack() as stack:
             with writing(self.path):
-                file = stack.enter_context(open(self.path / ".lock", "w"))
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise Busy from error
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    note_no_locks(self.path.parents[1])
+                self.claim = stack.enter_context(Claim(self.path).held())
+            sweep(self.path, own=True)
+            sweep(self.parameters_path(0).parent, own=True)
             yield
+
+    def require_claim(self) -> None:
+        """Raise UserError where another process has taken the run over."""
+        if self.claim is not None and self.claim.lost:
+            raise UserError(
+                f"{self.path} was taken over by another process, since this one gave no sign of life for minutes "
+                "(suspended, or cut off from its files); it is left to that process"
+            )
 
     def check(self, fingerprint: str) -> None:
         """
         Raises:
             UserError: the folder holds a run with other settings or other data, or does not say which.
         """
-        config, mine = self.config(), _USUAL | self.identity(fingerprint)
+        config = self.config()
         if not config and (self.metrics_path.exists() or self.checkpoint_path.exists()):
             raise self.damaged(self.config_path, FileNotFoundError("it is missing"))
-        # A setting that came into use after the run was made had its usual value then.
-        theirs = _USUAL | config["run"] if config else mine
-        if differing := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
-            was = ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
-            raise UserError(f"{self.path} was trained with {was}; use another --outputs folder or delete it")
+        if config and (was := differences(self.identity(fingerprint), config["run"])):
+            raise self.foreign(self.path, was)
 
     def identity(self, fingerprint: str) -> dict:
         return {**self.run.settings(), "data": fingerprint}
@@ -255,15 +272,22 @@ class RunFolder:
             "numpy": np.__version__,
             "commit": git_commit(),
         }
+        if torch.are_deterministic_algorithms_enabled():
+            session["deterministic"] = True
         sessions = [*self.config().get("sessions", []), session]
-        config = {"run": self.identity(fingerprint), "sessions": sessions}
+        config = {"format": FORMAT, "run": self.identity(fingerprint), "sessions": sessions}
         with writing(self.path):
             replace(self.config_path, lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
             self.error_path.unlink(missing_ok=True)
 
-    def append(self, row: dict[str, float]) -> None:
-        """Add a row to metrics.csv; it is on disk when this returns."""
-        append_rows(self.metrics_path, [row])
+    def append(self, row: Mapping[str, float | None]) -> None:
+        """Add a row to metrics.csv, when all else that its epoch owes is written; it is on disk when this returns.
+
+        Raises:
+            UserError: it cannot be written, or has other columns than the rows before.
+        """
+        with writing(self.path):
+            append_rows(self.metrics_path, [row])
 
     def keep(self, epochs: int) -> None:
         """Drop the rows after `epochs`, which no checkpoint covers: they are trained again, to the same numbers.
@@ -278,100 +302,116 @@ class RunFolder:
         for path in sorted(self.path.glob("*.csv")):
             try:
                 keep_rows(path, epochs)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise self.damaged(path, error) from error
 
-    def save(self, checkpoint: dict) -> None:
-        replace(self.checkpoint_path, lambda file: torch.save(checkpoint, file))
+    def save(self, checkpoint: Mapping[str, object], row: Mapping[str, float | None] | None = None) -> None:
+        """Replace the checkpoint, in a folder whose session has begun.
+
+        Args:
+            row: of its epoch, which is to be added to metrics.csv next.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        before = "".join(whole_lines(self.metrics_path)) if self.metrics_path.exists() else ""
+        metrics = before + (csv_text([row], header=not before) if row else "")
+        content = sealed({"run": self.config()["run"], "metrics": metrics, **checkpoint})
+        with writing(self.path):
+            replace(self.checkpoint_path, lambda file: torch.save(content, file))
 
     def parameters_path(self, epoch: int) -> Path:
         return self.path / "parameters" / f"epoch_{epoch}.pt"
 
     def kept_epochs(self) -> set[int]:
-        """The epochs whose parameters are kept, where the initial ones are too."""
+        """The epochs whose parameters are kept, where the initial ones are too; of a run that goes on, those it has."""
         names = [path.name for path in self.parameters_path(0).parent.glob("epoch_*.pt")]
         epochs = {int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
+        if self.checkpoint_path.exists():  # what a kill before an epoch's row left is written again
+            trained, _ = self.progress()
+            epochs = {epoch for epoch in epochs if epoch <= trained}
         return epochs if 0 in epochs else set()
 
     def save_parameters(self, epoch: int, parameters: dict[str, torch.Tensor]) -> None:
+        """In a folder whose session has begun. UserError: they cannot be written."""
+        content = sealed({"run": self.config()["run"], "epoch": epoch, "parameters": parameters})
         path = self.parameters_path(epoch)
-        path.parent.mkdir(exist_ok=True)
-        replace(path, lambda file: torch.save(parameters, file))
+        with writing(path.parent):
+            replace(path, lambda file: torch.save(content, file))
 
     def load(self, device: torch.device) -> dict | None:
-        """The checkpoint, or None where the run has not begun.
+        """The checkpoint, or None where the run has not begun. Rows that it holds and metrics.csv lacks are put there.
 
         Raises:
-            UserError: it cannot be read, or is gone although epochs were trained.
+            UserError: it cannot be read, or has changed since it was written, or belongs to another run, or does not
+                agree with metrics.csv, or is gone although epochs were trained.
         """
         if not self.checkpoint_path.exists():
             if self.rows():
                 raise self.damaged(self.checkpoint_path, FileNotFoundError("it is missing, so the run cannot go on"))
             return None
         try:
-            return torch.load(self.checkpoint_path, map_location=device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
+            checkpoint = read_sealed(self.checkpoint_path, device)
+            self._require_own(checkpoint)
+            if type(epoch := checkpoint.get("epoch")) is not int or epoch < 0:
+                raise Unusable(f"its epoch is {epoch!r}")
+            if checkpoint[DIGEST] is None and not self._diverged_at(epoch):
+                require_finite(checkpoint["rule"])
+        except (Unusable, KeyError, AttributeError) as error:
             raise self.damaged(self.checkpoint_path, error) from error
+        self._complete(checkpoint)
+        return checkpoint
+
+    def _require_own(self, checkpoint: dict) -> None:
+        """Raise Unusable for a checkpoint of another run, or one that does not say whose it is where it should."""
+        if checkpoint[DIGEST] is None:
+            if self.config().get("format", 1) >= FORMAT:
+                raise Unusable("it does not say which run it belongs to")
+        elif was := differences(self.config()["run"], checkpoint["run"]):
+            raise Unusable(f"it belongs to another run, with {was}")
+
+    def _diverged_at(self, epoch: int) -> bool:
+        rows = self.rows()[:epoch]
+        return bool(rows) and not math.isfinite(rows[-1]["train_loss"])
+
+    def _complete(self, checkpoint: dict) -> None:
+        """Give metrics.csv the row that a process killed after the checkpoint did not write, or all where it is gone.
+
+        Raises:
+            UserError: its rows are not those that the checkpoint was saved with.
+        """
+        if (text := checkpoint.get("metrics")) is None:  # of an earlier version
+            return
+        exists, epoch = self.metrics_path.exists(), checkpoint["epoch"]
+        try:
+            lines, held = whole_lines(self.metrics_path) if exists else [], text.splitlines(keepends=True)
+            if len(held) != (epoch + 1 if epoch else 0):
+                raise ValueError(f"checkpoint.pt is of epoch {epoch}, but has {max(len(held) - 1, 0)} rows")
+            if lines[: len(held)] == held:
+                return
+            if lines != held[: len(lines)]:
+                raise ValueError("its rows are not those that checkpoint.pt was saved with")
+            if exists and max(len(lines) - 1, 0) < epoch - 1:
+                raise ValueError(f"rows up to epoch {epoch} are missing")
+        except (OSError, ValueError, AttributeError) as error:
+            raise self.damaged(self.metrics_path, error) from error
+        with writing(self.path):
+            replace(self.metrics_path, lambda file: file.write(text.encode()))
 
 
-@functools.cache
-def note_no_locks(outputs: Path) -> None:
-    """Once for an outputs folder."""
-    print(f"note: {outputs} lies on a file system without locks; start one process at a time there", file=sys.stderr)
+def _same(mine: object, theirs: object) -> bool:
+    """Whether two settings are equal; what is no setting, such as a tensor in a file of another program, is not."""
+    return isinstance(theirs, str | int | float | None) and mine == theirs
 
 
-@contextlib.contextmanager
-def writing(folder: Path):
-    """Make a folder, for writing into it.
-
-    Raises:
-        UserError: it, or what the caller does with it, fails for reasons of the file system.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another --outputs") from error
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, with a header if it is new; they are on disk when this returns."""
-    new = not path.exists() or path.stat().st_size == 0
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def keep_rows(path: Path, epochs: int) -> None:
-    """Drop from a CSV file whose first column is the epoch the rows after this one, and what was cut off.
-
-    Raises:
-        ValueError: a row whose first column is no number.
-    """
-    lines = path.read_text().splitlines(keepends=True)
-    if not lines or not lines[0].startswith("epoch,"):
-        return
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = whole[:1] + [line for line in whole[1:] if int(line.partition(",")[0]) <= epochs]
-    if kept != lines:
-        replace(path, lambda file: file.write("".join(kept).encode()))
-
-
-def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def differences(mine: Mapping[str, object], theirs: object) -> str:
+    """In words, where another identity of a run differs from this one; empty where it does not."""
+    if not isinstance(theirs, Mapping):
+        return "no settings"
+    # A setting that came into use after a run was made had its usual value then.
+    mine, theirs = _USUAL | mine, _USUAL | theirs
+    differing = sorted(key for key in mine.keys() | theirs.keys() if not _same(mine.get(key), theirs.get(key)))
+    return ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
 
 
 class Thrift:
@@ -391,20 +431,6 @@ class Thrift:
         self.cost = self.last - start
 
 
-def pack_stream(stream: np.random.RandomState) -> dict:
-    """The state of a NumPy generator, in types that torch.load takes with weights_only=True."""
-    kind, keys, position, has_gauss, cached = stream.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
-    return {"kind": kind, "keys": keys, "position": position, "has_gauss": has_gauss, "cached": cached}
-
-
-def unpack_stream(packed: dict) -> np.random.RandomState:
-    stream = np.random.RandomState()
-    keys = packed["keys"].cpu().numpy().astype(np.uint32)
-    stream.set_state((packed["kind"], keys, packed["position"], packed["has_gauss"], packed["cached"]))
-    return stream
-
-
 def git_commit() -> str | None:
     """The commit of this code, with a plus where files differ from it; None outside a repository."""
     here = Path(__file__).parent
@@ -416,7 +442,17 @@ def git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+# As Python writes them; it would also read 1_0 and digits of other scripts.
+_INTEGER, _REAL = re.compile(r"-?[0-9]+"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?|nan|-?inf")
+
+
 def _number(text: str) -> float | None:
     if not text:
+        if text is None:
+            raise ValueError("a row is cut off")
         return None
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if not _REAL.fullmatch(text):
+        raise ValueError(f"{text[:20]!r} is no number")
+    return float(text)

@@ -1,13 +1,12 @@
 """Generated images for a first look: coloured shapes on noise, as JPEG files in ImageNet's layout."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from wide.runs import writing
+from wide.files import sweep, temporary_folder, writing
 
 COLOURS = {"red": (220, 50, 50), "green": (50, 190, 60), "blue": (60, 80, 220)}
 FORMS = ("disc", "square")
@@ -23,9 +22,10 @@ def shapes(data_dir: Path) -> Path:
         UserError: the folder cannot be written.
     """
     folder = Path(data_dir) / "shapes"
+    sweep(folder.parent)
     if folder.is_dir():
         return folder
-    with writing(folder.parent), tempfile.TemporaryDirectory(prefix=".shapes-", dir=folder.parent) as unfinished:
+    with writing(folder.parent), temporary_folder(folder.parent, "shapes") as unfinished:
         stream = np.random.RandomState(99)
         for part, count in IMAGES.items():
             for name in COLOURS:

@@ -11,7 +11,7 @@ import torch
 from wide import UserError
 from wide.alignment import AlignmentScores
 from wide.batches import batches_of_a_step
-from wide.devices import choose_device, choose_precision, device_name
+from wide.devices import choose_algorithms, choose_device, choose_precision, device_name
 from wide.experiments import Experiment, Subject, beside
 from wide.options import PAPER_SEED, Options
 from wide.processes import ALONE, Processes, join
@@ -35,6 +35,7 @@ class Machine:
         Raises:
             UserError: what is asked for is not here.
         """
+        choose_algorithms(options.deterministic)
         device = choose_device(options.device)
         return cls(device, choose_precision(options.precision, device), join(device))
 

@@ -89,9 +89,15 @@ class Summary:
 
     @classmethod
     def read(cls, folder: RunFolder, epochs: int, metrics: Metrics) -> "Summary":
+        """
+        Raises:
+            UserError: a file is damaged, or lacks what is to be shown.
+        """
         rows, config = folder.rows()[:epochs], folder.config()
         names = [name for name in (rows[0] if rows else ()) if name != "epoch"]
         columns = [name for name in names if all(row[name] is not None for row in rows)]
+        if rows and (lacking := {*metrics.shown, "seconds"} - set(columns)):
+            raise folder.damaged(folder.metrics_path, ValueError(f"it lacks values of {', '.join(sorted(lacking))}"))
         finite = [row for row in rows if all(math.isfinite(row[name]) for name in columns)]
         return cls(
             run=folder.run,

@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -16,13 +15,21 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.capture import Captured
-from wide.devices import device_name
+from wide.checkpoints import (
+    DIGEST,
+    Unusable,
+    pack_stream,
+    require_same_optimizer,
+    require_same_tensors,
+    unpack_stream,
+)
+from wide.devices import device_name, exact, finish, memory_for
 from wide.networks import synchronise_normalisation
 from wide.optimizers import make_optimizer
 from wide.processes import ALONE, Processes
 from wide.recorders import Recorder
 from wide.rules import RULES, nothing_between
-from wide.runs import Run, RunFolder, Thrift, pack_stream, unpack_stream
+from wide.runs import Run, RunFolder, Thrift
 from wide.tasks import Task
 
 
@@ -77,9 +84,18 @@ class Training:
         return {name: p.detach() for name, p in self.rule.named_parameters() if p.requires_grad}
 
     def restore(self, state: dict) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            Unusable: it is none of this run, as far as that shows in names, shapes, types and settings.
+        """
+        if lacking := self.state().keys() - state.keys():
+            raise Unusable(f"it lacks {', '.join(sorted(lacking))}")
+        require_same_tensors(state["rule"], self.rule.state_dict(), "rule")
+        require_same_optimizer(state["optimizer"], self.optimizer)
+        self.stream = unpack_stream(state["stream"])
         self.rule.load_state_dict(state["rule"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.stream = unpack_stream(state["stream"])
         self.epoch = state["epoch"]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -236,8 +252,7 @@ class Training:
 
     def clock(self) -> float:
         """Seconds, when all that was queued on the device is done."""
-        if self.task.device.type == "cuda":
-            torch.cuda.synchronize(self.task.device)
+        finish(self.task.device)
         return time.perf_counter()
 
 
@@ -245,13 +260,14 @@ class Averages:
     """Means over examples, kept on the device so that no step waits for them."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        self.sums: dict[str, Tensor] = {}
         self.examples = 0
 
     def add(self, measures: dict[str, Tensor], examples: int) -> None:
         """Means over so many examples."""
         for name, value in measures.items():
-            self.sums[name] = self.sums[name].to(value.device) + value * examples
+            total = torch.zeros((), dtype=exact(value.device), device=value.device)
+            self.sums[name] = self.sums.get(name, total) + value * examples
         self.examples += examples
 
     def values(self, processes: Processes) -> dict[str, float]:
@@ -285,13 +301,15 @@ def train(
         UserError: the folder cannot be used (see RunFolder).
         Busy: another process trains this run.
     """
-    with folder.locked():
+    with folder.locked(), memory_for(folder.run, task.device):
         folder.check(task.fingerprint)
         training = Training(task, folder.run, processes, recorders)
         _start(training, folder)
-        work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if processes.count > 1 else None
-        with processes.working(work):
-            _train_epochs(training, folder, epochs)
+        if folder.progress()[1]:
+            several = processes.count > 1
+            work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if several else None
+            with processes.working(work):
+                _train_epochs(training, folder, epochs)
 
 
 def _start(training: Training, folder: RunFolder) -> None:
@@ -300,9 +318,11 @@ def _start(training: Training, folder: RunFolder) -> None:
     if (checkpoint := folder.load(device)) is not None:
         try:
             training.restore(checkpoint)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (Unusable, ValueError, TypeError) as error:
             raise folder.damaged(folder.checkpoint_path, error) from error
     folder.keep(training.epoch)
+    if checkpoint is not None and checkpoint[DIGEST] is None:
+        folder.save(training.state())  # of an earlier version: from now on it says whose it is
     where = device_name(device) + (f", {count} processes" if count > 1 else "")
     folder.begin_session(training.task.fingerprint, where, training.epoch)
     if checkpoint is None:
@@ -320,12 +340,13 @@ def _train_epochs(training: Training, folder: RunFolder, epochs: int) -> None:
             finite = math.isfinite(row["train_loss"])
             for recorder in training.recorders:
                 row |= recorder.columns(training)
-            folder.append(row)
+            folder.require_claim()
             for recorder in training.recorders:
                 recorder.epoch(training, folder)
             if thrift.due() or training.epoch == epochs or not finite:
                 with thrift.saving():
-                    folder.save(training.state())
+                    folder.save(training.state(), row)
+            folder.append(row)  # last: it says that all else is there
             bar.update()
             if not finite:
                 break
@@ -375,5 +396,6 @@ def _packed(state: dict) -> bytes:
 
 def warm_up(task: Task, run: Run, steps: int = 10) -> None:
     """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
-    for _ in itertools.islice(Training(task, run).steps(), steps):
-        pass
+    with memory_for(run, task.device):
+        for _ in itertools.islice(Training(task, run).steps(), steps):
+            pass
