@@ -13,7 +13,6 @@ import dataclasses
 import math
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from wide import UserError

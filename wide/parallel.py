@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
-from wide.devices import choose_device, choose_precision, usable_cores
+from wide.devices import choose_algorithms, choose_device, choose_precision, usable_cores
 from wide.files import writing
 from wide.grid import Failures, Outcome, first_line, say, train_one
 from wide.memory import keep_memory
