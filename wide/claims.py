@@ -395,7 +395,7 @@ def exponent(kept: list[Kept], source: tuple[str, str, str, tuple[str, ...]], wh
     for one in THEORY.runs(kept):
         path = one.folder.path / file
         if one.run.rule == rule and path.exists():
-            rows = list(csv.DictReader(path.read_text().splitlines()))
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
             values = [float(row[column]) for row in rows if row["layer"] in layers and row["epoch"] == "1"]
             logs[rule, one.run.width, one.run.seed] = statistics.fmean(math.log2(value) for value in values)
     figure = over_widths(

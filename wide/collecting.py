@@ -12,8 +12,8 @@ from wide.results import (
     page,
     read,
     require_small,
+    write_page,
     write_reports,
-    write_text,
 )
 
 START, END = "<!-- made by collect_results.py: start -->", "<!-- made by collect_results.py: end -->"
@@ -35,7 +35,7 @@ def collect(outputs: Path | None, root: Path = ROOT) -> str:
         raise UserError(f"{results} has no runs; name the folder of finished ones with --from")
     write_reports(results, kept)
     for path, text in texts(root, kept).items():
-        write_text(path, text)
+        write_page(path, text)
     with writing(root / "docs"):
         replace(root / "docs" / "accuracy.png", lambda file: claims.draw_headline(file, kept))
     require_small(results)

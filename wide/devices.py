@@ -84,7 +84,7 @@ def usable_cores() -> int:
     # macOS and Windows do not say which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return max(min(cores, int(quota) // int(period)), 1)
     except (OSError, ValueError):  # none, or no limit: "max"
         return cores

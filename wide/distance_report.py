@@ -92,7 +92,11 @@ def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
         if not path.exists():
             continue
         try:
-            rows = [row for row in csv.DictReader(path.read_text().splitlines()) if int(row["epoch"]) == epoch]
+            rows = [
+                row
+                for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+                if int(row["epoch"]) == epoch
+            ]
             for quantity in quantities:
                 values = {row["layer"]: float(row[quantity]) for row in rows if row[quantity]}
                 found += [_distance(folder, quantity, layer, value) for layer, value in values.items()]

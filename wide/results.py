@@ -193,7 +193,7 @@ def read(results: Path) -> list[Kept]:
 
 def _read(results: Path, path: Path) -> Kept | None:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         fields = {name: value for name, value in config["run"].items() if name != "data"}
         run, sessions = Run(**fields), config["sessions"]
         device = ", ".join(dict.fromkeys(session["device"] for session in sessions))
@@ -345,6 +345,6 @@ def page(results: Path, kept: list[Kept]) -> str:
     return "\n".join([*lines, "", "## Figures", *sections, ""])
 
 
-def write_text(path: Path, text: str) -> None:
+def write_page(path: Path, text: str) -> None:
     with writing(path.parent):
         replace(path, lambda file: file.write(text.encode()))
