@@ -199,6 +199,13 @@ class Faults:
         assert status == 0, output
         return folder, numbers(folder), time.monotonic() - start
 
+    def show(self) -> None:
+        """Print what is counted and not printed yet."""
+        for check, outcomes in self.counts.items():
+            counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+            print(f"| {check} | {counted} |", flush=True)
+        self.counts.clear()
+
     def note(self, check: str, outcome: str, why: str = "") -> None:
         self.counts[check][outcome] += 1
         if why:
@@ -378,21 +385,21 @@ def main() -> int:
     server = serve()
     with tempfile.TemporaryDirectory() as place:
         faults, start = Faults(Path(place), arguments.seed), time.monotonic()
+        print("| check | outcomes |\n|---|---|")
         try:
             for name in arguments.jobs:
                 faults.kill(name, arguments.moments)
                 if JOBS[name].longer:
                     faults.fill(name, arguments.moments // 10)
                     faults.damage(name, arguments.corruptions)
+                faults.show()
             if "a grid" in arguments.jobs:
                 for processes in (2, 4, 8):
                     faults.share(processes)
         finally:
+            faults.show()
             os.kill(server, signal.SIGKILL)
             finish(server)
-    print("| check | outcomes |\n|---|---|")
-    for check, outcomes in faults.counts.items():
-        print(f"| {check} | {', '.join(f'{count} {outcome}' for outcome, count in sorted(outcomes.items()))} |")
     print(f"\nseed {arguments.seed}; {time.monotonic() - start:.0f} s; torch {torch.__version__}")
     for why in faults.wrong:
         print(f"WRONG: {why}", file=sys.stderr)

@@ -95,6 +95,7 @@ def brief(monkeypatch):
     """Leases of a second."""
     monkeypatch.setattr(locks, "LEASE", 1.0)
     monkeypatch.setattr(locks, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(locks, "NAMING", 0.5)
 
 
 def of_another_machine(folder, age=0.0):
@@ -131,11 +132,20 @@ def test_a_claim_of_another_machine_that_wakes_up_is_left_to_it(tmp_path, brief)
 
 def test_a_claim_whose_maker_died_before_it_wrote_its_name(tmp_path, brief):
     (tmp_path / ".claim").touch()
-    with pytest.raises(Busy), Claim(tmp_path).held():
-        pass
-    os.utime(tmp_path / ".claim", (1, 1))
     with Claim(tmp_path).held():
         pass
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+def test_a_claim_that_is_being_written(tmp_path, brief):
+    of_another_machine(tmp_path)
+    named = (tmp_path / ".claim").read_text()
+    (tmp_path / ".claim").write_text("")
+    timer = threading.Timer(0.1, (tmp_path / ".claim").write_text, [named])
+    timer.start()
+    with pytest.raises(Busy), Claim(tmp_path).held():
+        pass
+    timer.join()
 
 
 def test_who_lost_its_claim_writes_no_more(tmp_path, monkeypatch, brief):

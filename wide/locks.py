@@ -9,7 +9,9 @@ machine that is gone, and from one of another machine when it has stood unchange
 
 import contextlib
 import errno
+import math
 import os
+import time
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -23,6 +25,7 @@ except ImportError:  # Windows
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LEASE = 120.0  # seconds without a heartbeat after which another machine may take over; all must agree on it
 HEARTBEAT = 20.0
+NAMING = 3.0  # seconds that a claim may take to be written
 LOCK, CLAIM = ".lock", ".claim"
 
 
@@ -62,24 +65,35 @@ class Claim:
     def _take(self) -> None:
         for _ in range(2):  # taking over from the dead may need the second
             with contextlib.suppress(Timeout):
+                self._drop_nameless()
                 self.lease.acquire(timeout=0)
                 return
         if not self._silent():
             raise Busy
-        if self._nameless():  # its maker died before it wrote who it is
-            self.path.unlink(missing_ok=True)
         try:  # filelock trusts no clock but its own: it takes over what it has seen unchanged for a whole lease
             self.lease.acquire(timeout=2 * LEASE, poll_interval=1, cancel_check=lambda: not self._silent())
         except Timeout as error:
             raise Busy from error
 
     def _silent(self) -> bool:
-        """Whether the claim that stands there has had no heartbeat for a lease, by the file system's own clock."""
+        """Whether the claim that stands there has had no heartbeat for a lease."""
+        return self._age() > LEASE
+
+    def _age(self) -> float:
+        """Seconds since the heartbeat of the claim that stands there, by the file system's own clock."""
         os.utime(self.lock_path)
         try:
-            return self.lock_path.stat().st_mtime - self.path.stat().st_mtime > LEASE
+            return self.lock_path.stat().st_mtime - self.path.stat().st_mtime
         except FileNotFoundError:
-            return True
+            return math.inf
+
+    def _drop_nameless(self) -> None:
+        """Remove a claim whose maker died before it wrote who it is; filelock, which cannot tell, would keep it."""
+        watched_from = time.monotonic()
+        while self._nameless():
+            if max(self._age(), time.monotonic() - watched_from) > NAMING:
+                self.path.unlink(missing_ok=True)
+            time.sleep(0.05)
 
     def _nameless(self) -> bool:
         with contextlib.suppress(OSError):
