@@ -19,6 +19,7 @@ import csv
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import os
 import resource
 import shutil
@@ -96,6 +97,8 @@ JOBS = {
     "a grid": Job(lambda place: train(1, *GRID, "--outputs", place)),
     "download": Job(lambda place: setup(KMNIST, ["--data-dir", str(place), "--url", Slow.url])),
 }
+if importlib.util.find_spec("ray"):  # a start takes seconds
+    JOBS["side by side"] = Job(lambda place: train(1, *GRID, "--parallel", "--outputs", place))
 
 
 # ------------------------------------------------------------------------------------------------------------ processes

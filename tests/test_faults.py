@@ -15,6 +15,8 @@ from running import ROOT
 from small_data import made_up, write_cifar
 
 import alignment_add
+import alignment_cifar
+import alignment_imagenet
 import alignment_kmnist
 import train_add
 import train_cifar
@@ -156,6 +158,8 @@ COMMANDS = {
     "train_imagenet": (train_imagenet, [*SMALL, "--rules", "align_zero", "--workers", "0"]),
     "alignment_add": (alignment_add, ["--widths", "8", "--epochs", "2"]),
     "alignment_kmnist": (alignment_kmnist, SMALL),
+    "alignment_cifar": (alignment_cifar, SMALL),
+    "alignment_imagenet": (alignment_imagenet, [*SMALL, "--workers", "0"]),
 }
 
 
