@@ -467,8 +467,8 @@ THEORY_NOTE = (
     "weights in the current network, and its angle falls in every block."
 )
 WIDE_NOTE = (
-    "The width of each figure is the widest at which enough seeds are trained so far. The claim is about wide networks, "
-    "and says nothing of widths as small as 8 or 16: a verdict there stands for that width alone."
+    "The width of each figure is the widest at which enough seeds are trained so far. The claim is about wide "
+    "networks, and says nothing of widths as small as 8 or 16: a verdict there stands for that width alone."
 )
 NOTES: Mapping[str, str] = {
     "Changes of activities and weights fall with width as theory says": THEORY_NOTE,
