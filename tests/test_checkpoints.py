@@ -245,6 +245,9 @@ WRONG = {
     "another learning rate": (
         lambda state: put("lr", 0.5)(state["optimizer"]["param_groups"][0]), "its optimiser has lr 0.5, not 0.001",
     ),
+    "settings that are gone": (
+        lambda state: state["optimizer"]["param_groups"][0].pop("params"), "its optimiser lacks params",
+    ),
     "no generator": (put("stream", None), "no state of a generator"),
     "a position of 10**9": (put("stream", "position", 10**9), "generator is out of range"),
     "a position of -1": (put("stream", "position", -1), "generator is out of range"),

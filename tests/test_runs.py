@@ -1,6 +1,7 @@
 """One run's folder: resume, divergence, damage, and two processes at once."""
 
 import csv
+import dataclasses
 import math
 import re
 import time
@@ -16,6 +17,7 @@ from wide import UserError
 from wide.checkpoints import pack_stream, unpack_stream
 from wide.files import append_rows
 from wide.locks import Busy
+from wide.optimizers import OPTIMIZERS
 from wide.recorders import Angles, Recorder
 from wide.runs import Run, RunFolder, Thrift, effective_batch
 from wide.tasks import AddTask
@@ -42,8 +44,10 @@ def test_a_run_leaves_its_files(task, tmp_path):
     assert {"started", "device", "torch", "numpy", "commit"} <= config["sessions"][0].keys()
 
 
-def test_a_longer_experiment_goes_on_where_a_shorter_one_stopped(task, tmp_path):
-    whole, parts = RunFolder(tmp_path / "whole", RUN), RunFolder(tmp_path / "parts", RUN)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_longer_experiment_goes_on_where_a_shorter_one_stopped(task, tmp_path, optimizer):
+    run = dataclasses.replace(RUN, optimizer=optimizer)
+    whole, parts = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "parts", run)
     train(task, whole, 4)
     train(task, parts, 1)
     assert parts.status(4) == "at epoch 1"

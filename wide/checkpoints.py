@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 DIGEST = "digest"
+ESSENTIAL = {"params", "lr", "weight_decay"}  # of an optimiser's group, in every version of torch
 
 
 class Unusable(Exception):
@@ -100,13 +101,16 @@ def require_same_tensors(given: object, expected: Mapping[str, object], what: st
 def require_same_optimizer(given: object, optimizer: torch.optim.Optimizer) -> None:
     """Raise Unusable unless an optimiser's state fits this one: its settings and the shapes of what it remembers.
 
-    Settings that only one version of torch knows are not compared.
+    Settings that only one version of torch knows are not compared, nor those that the optimiser derives.
     """
+    derived = getattr(optimizer, "derived", ())
     expected = optimizer.state_dict()
     with _understood(given, "its optimiser is not this run's"):
         groups, state = given["param_groups"], given["state"]
         for group, mine in zip(groups, expected["param_groups"], strict=True):
-            for name in group.keys() & mine.keys():
+            if lacking := ESSENTIAL - group.keys():
+                raise Unusable(f"its optimiser lacks {', '.join(sorted(lacking))}")
+            for name in (group.keys() & mine.keys()).difference(derived):
                 if group[name] != mine[name]:
                     raise Unusable(f"its optimiser has {name} {group[name]!r}, not {mine[name]!r}")
         learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]

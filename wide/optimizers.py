@@ -16,6 +16,7 @@ class PublishedAdam(torch.optim.Adam):
     """
 
     epsilon = 1e-8
+    derived = ("eps",)  # settings that follow from the number of steps, and are made anew at each
 
     def step(self, closure=None):
         for group in self.param_groups:
