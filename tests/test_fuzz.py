@@ -1,5 +1,6 @@
 """Readers, given what nobody would write: they say in a line what is wrong with it, or read what is there."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -48,7 +49,19 @@ def spoiled(content: bytes):
     return st.one_of(changes.map(change), places.map(lambda end: content[:end]), st.binary(max_size=200))
 
 
-def in_a_line(error: UserError) -> None:
+@contextlib.contextmanager
+def in_place_of(path):
+    """Gives the file's content; what is written over it within goes again, and an error of ours is in a line."""
+    content = path.read_bytes()
+    try:
+        yield content
+    except UserError as error:
+        in_a_line(error)
+    finally:
+        path.write_bytes(content)
+
+
+def in_a_line(error: Exception) -> None:
     assert str(error)
     assert "\n" not in str(error)
 
@@ -134,24 +147,19 @@ def test_config(folder, data):
     elif kind != "bytes":
         config[kind] = data.draw(anything)
     content = data.draw(spoiled(text.encode())) if kind == "bytes" else json.dumps(config).encode()
-    try:
+    with in_place_of(folder.config_path):
         folder.config_path.write_bytes(content)
         read = again(folder).config()
         summary = Summary.read(again(folder), 2, BEST_LOSS)
         assert {name: read["run"].get(name) for name in RUN.settings()} == RUN.settings()
         assert summary.data == read["run"]["data"]
-    except UserError as error:
-        in_a_line(error)
-    finally:
-        folder.config_path.write_text(text)
 
 
 @fuzzed
 @given(st.data())
 def test_metrics(folder, data):
-    text = folder.metrics_path.read_bytes()
-    content = data.draw(spoiled(text))
-    try:
+    with in_place_of(folder.metrics_path) as text:
+        content = data.draw(spoiled(text))
         folder.metrics_path.write_bytes(content)
         rows = again(folder).rows()
         again(folder).status(2)
@@ -163,54 +171,35 @@ def test_metrics(folder, data):
             assert len(row) == len(cells)
             for value, cell in zip(row.values(), cells, strict=True):
                 assert cell == "" if value is None else value == float(cell) or math.isnan(value)
-    except UserError as error:
-        in_a_line(error)
-    finally:
-        folder.metrics_path.write_bytes(text)
 
 
 @fuzzed
 @given(st.data())
 def test_metrics_are_those_that_the_checkpoint_was_saved_with(folder, data):
     """What is not refused is what was there, in the rows that the checkpoint covers."""
-    text = folder.metrics_path.read_bytes()
-    try:
+    with in_place_of(folder.metrics_path) as text:
         folder.metrics_path.write_bytes(data.draw(spoiled(text)))
         again(folder).load(CPU)
         again(folder).keep(2)
         assert folder.metrics_path.read_bytes() == text
-    except UserError as error:
-        in_a_line(error)
-    finally:
-        folder.metrics_path.write_bytes(text)
 
 
 @fuzzed
 @given(st.data())
 def test_angles(folder, data):
     path = folder.path / Angles.file
-    text = path.read_bytes()
-    try:
+    with in_place_of(path) as text:
         path.write_bytes(data.draw(spoiled(text)))
         again(folder).keep(2)
-    except UserError as error:
-        in_a_line(error)
-    finally:
-        path.write_bytes(text)
 
 
 @fuzzed
 @given(st.data())
 def test_checkpoints(folder, data):
-    content = folder.checkpoint_path.read_bytes()
     whole = digest(folder.load(CPU))
-    try:
+    with in_place_of(folder.checkpoint_path) as content:
         folder.checkpoint_path.write_bytes(data.draw(spoiled(content)))
         assert digest(again(folder).load(CPU)) == whole
-    except UserError as error:
-        in_a_line(error)
-    finally:
-        folder.checkpoint_path.write_bytes(content)
 
 
 PLACES = [
@@ -226,21 +215,19 @@ tensors = st.sampled_from([torch.zeros(()), torch.zeros(624), torch.full((2, 2),
 @given(place=st.sampled_from(PLACES), value=st.one_of(anything, tensors))
 def test_checkpoints_that_another_program_wrote(folder, place, value):
     """With a digest that agrees: the process goes on, and says in a line what is wrong, or takes what it could be."""
-    content = folder.checkpoint_path.read_bytes()
     state = torch.load(folder.checkpoint_path)
     del state["digest"]
     inner = state
     for name in place[:-1]:
         inner = inner[name]
     inner[place[-1]] = value
-    torch.save(sealed(state), folder.checkpoint_path)
     training = Training(AddTask("published", CPU), RUN)
-    try:
-        training.restore(again(folder).load(CPU))
-        assert training.epoch == 2
-        training.stream.permutation(5)
-        assert training.optimizer.param_groups[0]["lr"] == RUN.learning_rate
-    except (UserError, Unusable) as error:
-        in_a_line(error)
-    finally:
-        folder.checkpoint_path.write_bytes(content)
+    with in_place_of(folder.checkpoint_path):
+        torch.save(sealed(state), folder.checkpoint_path)
+        try:
+            training.restore(again(folder).load(CPU))
+            assert training.epoch == 2
+            training.stream.permutation(5)
+            assert training.optimizer.param_groups[0]["lr"] == RUN.learning_rate
+        except Unusable as error:
+            in_a_line(error)

@@ -1,8 +1,6 @@
 """Reports of alignment scores: layer by layer, against width or against training time."""
 
-import csv
 import dataclasses
-import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,11 +9,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from wide import UserError
 from wide.alignment import layer_scores
+from wide.files import csv_text
 from wide.options import PAPER_SEED
 from wide.parameters import KINDS, kept_pair, load_pair
 from wide.report import figures, write_report
 from wide.runs import FINISHED, RunFolder
-from wide.tables import settings_text, unusual_text
+from wide.tables import data_text, settings_text, unusual_text
 
 if TYPE_CHECKING:
     from wide.experiments import Subject
@@ -147,7 +146,8 @@ class ScoreReport:
             figures().draw_scores(file, title, sections, self.against)
 
         text = _markdown(title, sections, self.against, study)
-        return write_report(study.report_path, _as_csv(sections), text, draw)
+        rows = csv_text([dataclasses.asdict(score) for scores in sections.values() for score in scores], header=True)
+        return write_report(study.report_path, rows, text, draw)
 
     def nothing(self, study: "Study") -> str:
         """Why there is nothing to show, in a line."""
@@ -177,22 +177,12 @@ def score_files(subject: "Subject", files: tuple[Path, Path, Path], shuffle_seed
     return "\n".join(lines)
 
 
-def _as_csv(sections: Mapping[str, list[LayerScore]]) -> str:
-    stream = io.StringIO()
-    names = [field.name for field in dataclasses.fields(LayerScore)]
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(score) for scores in sections.values() for score in scores)
-    return stream.getvalue()
-
-
 def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, study: "Study") -> str:
-    data = ", ".join(sorted({config["run"]["data"] for folder in study.folders if (config := folder.config())}))
     runs, seeds = study.runs, len({run.seed for run in study.runs})
     spread = "mean ± standard deviation over seeds; " if seeds > 1 else ""
     seed = study.options.record.shuffle_seed
     shuffle = f"; shuffled with seed {seed}" if seed != PAPER_SEED else ""
-    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; data {data or '-'}."
+    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; {data_text(study.folders)}."
     lines = [f"# {title}", "", legend, ""]
     shown = {(score.width, score.seed) for scores in sections.values() for score in scores}
     if absent := [run.name for run in runs if (run.width, run.seed) not in shown]:

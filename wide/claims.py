@@ -15,7 +15,6 @@ The rules, fixed here before the numbers are seen:
 - Two rules are comparable if they are at most MARGIN points apart.
 """
 
-import csv
 import dataclasses
 import math
 import statistics
@@ -25,10 +24,10 @@ from typing import BinaryIO
 import torch
 
 from wide import UserError
+from wide.distance_report import ACTIVITY, ANGLE, WEIGHT, read_distances
 from wide.report import figures
 from wide.results import FULL, TRAINED, Kept
 from wide.rules import RULES
-from wide.runs import FINISHED
 from wide.tasks import AddTask
 
 MARGIN = 2.0  # percentage points
@@ -65,12 +64,7 @@ class Setting:
         return {(one.run.rule, one.run.width, one.run.seed): self._value(one) for one in found}
 
     def runs(self, kept: list[Kept]) -> list[Kept]:
-        found = [
-            one
-            for one in kept
-            if all(getattr(one.run, name) == value for name, value in self.fields.items())
-            and one.folder.status(self.epochs) in FINISHED
-        ]
+        found = [one for one in kept if one.is_of(self.fields, self.epochs)]
         if len({one.data for one in found}) > 1:
             raise UserError(f"{self.title}: runs on different data cannot be compared; keep those of one")
         return found
@@ -368,36 +362,34 @@ def theory(kept: list[Kept]) -> list[Figure]:
     """Exponents of the width, for every seed over all widths that have enough seeds."""
     found = []
     for quantity, layers, predicted in (
-        ("relative_activity_change", ("blocks.1.layer", "blocks.2.layer", "readout"), -0.5),
-        ("relative_weight_change", ("blocks.0.layer", "readout"), -0.5),
-        ("relative_weight_change", ("blocks.1.layer", "blocks.2.layer"), -1.0),
+        (ACTIVITY, ("blocks.1", "blocks.2", "readout"), -0.5),
+        (WEIGHT, ("blocks.0", "readout"), -0.5),
+        (WEIGHT, ("blocks.1", "blocks.2"), -1.0),
     ):
         names = {-0.5: "1/sqrt(width)", -1.0: "1/width"}
-        layer_names = ", ".join(layer.removesuffix(".layer") for layer in layers)
         what = (
-            f"{quantity.replace('_', ' ')} under backprop ({layer_names}), exponent of the width ({names[predicted]})"
+            f"{quantity.replace('_', ' ')} under backprop ({', '.join(layers)}), exponent of the width "
+            f"({names[predicted]})"
         )
-        found.append(
-            exponent(kept, ("backprop", "changes.csv", quantity, layers), what, (predicted - 0.25, predicted + 0.25))
-        )
+        found.append(exponent(kept, ("backprop", quantity, layers), what, (predicted - 0.25, predicted + 0.25)))
     for rule in ("align_ada", "align_zero", "align_prop"):
         for layer in ("blocks.0", "blocks.1", "blocks.2"):
-            source = (rule, "angles.csv", "degrees_to_backprop", (f"{layer}.layer",))
+            source = (rule, ANGLE, (layer,))
             what = f"angle of {RULES[rule].title} to backprop in {layer}, exponent of the width"
             found.append(exponent(kept, source, what, (-math.inf, 0)))
     return found
 
 
-def exponent(kept: list[Kept], source: tuple[str, str, str, tuple[str, ...]], what: str, range_: tuple) -> Figure:
-    """Of the geometric mean over layers of a recorded quantity. `source`: rule, file, column, layers."""
-    rule, file, column, layers = source
+def exponent(kept: list[Kept], source: tuple[str, str, tuple[str, ...]], what: str, range_: tuple) -> Figure:
+    """Of the geometric mean over layers of a recorded quantity. `source`: rule, quantity, layers."""
+    rule, quantity, layers = source
     logs = {}
     for one in THEORY.runs(kept):
-        path = one.folder.path / file
-        if one.run.rule == rule and path.exists():
-            rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-            values = [float(row[column]) for row in rows if row["layer"] in layers and row["epoch"] == "1"]
-            logs[rule, one.run.width, one.run.seed] = statistics.fmean(math.log2(value) for value in values)
+        if one.run.rule == rule:
+            distances = read_distances(one.folder, THEORY.epochs)
+            values = [d.value for d in distances if d.quantity == quantity and d.layer in layers]
+            if len(values) == len(layers):
+                logs[rule, one.run.width, one.run.seed] = statistics.fmean(math.log2(value) for value in values)
     figure = over_widths(
         by_width(logs, (rule,), lambda a: a), f"{THEORY.title}: {what}", lower=range_[0], upper=range_[1]
     )

@@ -22,17 +22,17 @@ All constants depend on learning rate and number of updates; the slopes do not, 
 
 import csv
 import dataclasses
-import io
 import math
 import statistics
 from typing import TYPE_CHECKING, BinaryIO
 
 from wide import UserError
+from wide.files import csv_text
 from wide.recorders import Angles, Changes
 from wide.report import figures, write_report
 from wide.rules import RULES
 from wide.runs import FINISHED, RunFolder
-from wide.tables import settings_text, unusual_text
+from wide.tables import data_text, settings_text, unusual_text
 
 if TYPE_CHECKING:
     from wide.study import Study
@@ -156,7 +156,12 @@ class DistanceReport:
             figures().draw_distances(file, title, lines, layers)
 
         text = _markdown(title, lines, layers, study)
-        return write_report(study.report_path, _as_csv(distances), text, draw)
+        return write_report(
+            study.report_path,
+            csv_text([dataclasses.asdict(distance) for distance in distances], header=True),
+            text,
+            draw,
+        )
 
     def updates(self, study: "Study") -> int:
         """Those before what is recorded: all but the last of the epoch."""
@@ -164,21 +169,12 @@ class DistanceReport:
         return study.epochs * (run.data_limit or study.subject.examples) // run.batch_size - 1
 
 
-def _as_csv(distances: list[Distance]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [field.name for field in dataclasses.fields(Distance)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(distance) for distance in distances)
-    return stream.getvalue()
-
-
 def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") -> str:
-    data = ", ".join(sorted({config["run"]["data"] for folder in study.folders if (config := folder.config())}))
     counts = sorted({count for line in lines.values() for count in line.counts})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     legend = (
         f"Mean over n = {seeds} seeds per width, before the last update; slope: of log(mean) against log(width), by "
-        f"least squares; theory: see wide/distance_report.py; {settings_text(study.runs)}; data {data or '-'}."
+        f"least squares; theory: see wide/distance_report.py; {settings_text(study.runs)}; {data_text(study.folders)}."
     )
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():

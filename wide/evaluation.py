@@ -16,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from wide import UserError
-from wide.checkpoints import Unusable
 from wide.parameters import kept_parameters
 from wide.runs import RunFolder
 from wide.study import Study
 from wide.tasks import Task
-from wide.training import Training
+from wide.training import Training, restore
 
 # By the end of a metric's name: of accuracies, in shares, and scores the difference; of losses the relative one.
 TOLERANCES = {"accuracy": 0.001, "loss": 1e-3, "score": 1e-3, "control": 1e-3}
@@ -135,10 +134,7 @@ def restored(task: Task, folder: RunFolder) -> Training:
     """The run's training, as it stood at the epoch that the run kept."""
     training = Training(task, folder.run)
     if folder.checkpoint_path.exists():
-        try:
-            training.restore(folder.load(task.device))
-        except (Unusable, ValueError, TypeError) as error:
-            raise folder.damaged(folder.checkpoint_path, error) from error
+        restore(training, folder, folder.load(task.device))
         return training
     training.epoch = max(folder.kept_epochs())
     path = folder.parameters_path(training.epoch)

@@ -47,10 +47,13 @@ def draw_figure(
 def _bars_note(table: Table) -> str:
     """What the bars are, where there are any."""
     counts = {len(cell.values) for rows in table.sections.values() for cells in rows.values() for cell in cells} - {0}
-    if max(counts, default=1) == 1:
-        return ""
     averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
-    return f"\n(bars: standard deviation over n = {_range(counts)} runs that differ in {averaged})"
+    return f"\n({_bars(counts)} runs that differ in {averaged})" if max(counts, default=1) > 1 else ""
+
+
+def _bars(counts: Collection[int]) -> str:
+    """Of groups with so many values; what these are follows."""
+    return f"bars: standard deviation over n = {_range(counts)}"
 
 
 def _range(counts: Collection[int]) -> str:
@@ -350,7 +353,7 @@ def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str
         panel.set_xlabel("width")
     _legend(figure)
     counts = {count for line in lines.values() for count in line.counts}
-    bars = f"bars: standard deviation over n = {_range(counts)} seeds" if max(counts) > 1 else "one seed"
+    bars = f"{_bars(counts)} seeds" if max(counts) > 1 else "one seed"
     _save(figure, f"{title}\n({bars}; in the panels: fitted slopes)", file)
 
 
@@ -401,8 +404,5 @@ def draw_accuracies(file: BinaryIO, title: str, tables: Mapping[str, Mapping[str
         _plain(panel)
     panels[0].set_ylabel("test accuracy (%)")
     _legend(figure)
-    _save(
-        figure,
-        f"{title}\n(bars: standard deviation over n = {_range(counts)} seeds)" if max(counts, default=1) > 1 else title,
-        file,
-    )
+    bars = f"\n({_bars(counts)} seeds)" if max(counts, default=1) > 1 else ""
+    _save(figure, title + bars, file)

@@ -105,7 +105,12 @@ def keep_rows(path: Path, epochs: int) -> None:
         return
     kept = "".join([header, *(line for line in rows if int(line.partition(",")[0]) <= epochs)])
     if kept != path.read_text(encoding="utf-8"):
-        replace(path, lambda file: file.write(kept.encode()))
+        replace_text(path, kept)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in UTF-8; raises as `replace` does."""
+    replace(path, lambda file: file.write(text.encode()))
 
 
 class _Told:

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from wide import UserError
-from wide.devices import choose_algorithms, choose_device, choose_precision, usable_cores
+from wide.devices import usable_cores
 from wide.files import writing
 from wide.grid import Failures, Outcome, first_line, say, train_one
 from wide.memory import keep_memory
@@ -147,9 +147,9 @@ def prepared(packed: bytes) -> tuple[Study, Task]:
     study = unpacked(packed)
     keep_memory()
     torch.set_num_threads(study.options.parallel.threads)
-    device = choose_device(study.machine.device.type)
-    choose_algorithms(study.options.deterministic)
-    study = dataclasses.replace(study, machine=Machine(device, choose_precision(study.machine.precision, device)))
+    device, precision = study.machine.device.type, study.machine.precision  # as the driver has chosen them
+    options = dataclasses.replace(study.options, device=device, precision=precision)
+    study = dataclasses.replace(study, machine=Machine.alone(options))
     return study, study.task()
 
 

@@ -46,21 +46,35 @@ class Recorder:
         """
 
 
-class Angles(Recorder):
-    """angles.csv: a row per epoch and layer, for the epoch's last batch before its update, in degrees.
+class LayerRows(Recorder):
+    """A file of its own with a row per epoch and layer, made from the epoch's last batch before its update.
+
+    Attributes:
+        file: its name in the run's folder.
+        rows: of the epoch that is trained, once they are made.
+    """
+
+    file: str
+
+    def __init__(self):
+        self.rows: list[dict[str, float | str | None]] = []
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        if self.rows:
+            with writing(folder.path):
+                append_rows(folder.path / self.file, self.rows)
+            self.rows = []  # the next epoch may have none
+
+
+class Angles(LayerRows):
+    """angles.csv, in degrees.
 
     degrees_to_backprop is the angle between the rule's gradient of the layer's weight and backprop's;
     degrees_feedback_to_weight that between the weight that errors go back through and the current one. Empty where
     undefined.
-
-    Attributes:
-        rows: of the epoch that was trained last.
     """
 
     file = "angles.csv"
-
-    def __init__(self):
-        self.rows: list[dict[str, float | str | None]] = []
 
     def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
         with training.autocast():
@@ -76,15 +90,9 @@ class Angles(Recorder):
             for name, angle in degrees.items()
         ]
 
-    def epoch(self, training: "Training", folder: RunFolder) -> None:
-        if self.rows:
-            with writing(folder.path):
-                append_rows(folder.path / self.file, self.rows)
-            self.rows = []  # the next epoch may have none
 
-
-class Changes(Recorder):
-    """changes.csv: a row per epoch and layer, for the same network and batch as in angles.csv.
+class Changes(LayerRows):
+    """changes.csv, for the same network and batch as in angles.csv.
 
     relative_weight_change is ||W - W0|| / ||W0|| (Frobenius), relative_activity_change the same of the activity that
     the layer reads, against that of the initial network for the same batch; it is empty where a layer reads the
@@ -92,9 +100,6 @@ class Changes(Recorder):
     """
 
     file = "changes.csv"
-
-    def __init__(self):
-        self.rows: list[dict[str, float | str | None]] = []
 
     def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
         with torch.random.fork_rng():  # making a network draws from torch's generator
@@ -112,12 +117,6 @@ class Changes(Recorder):
             }
             for name, weight in layer_weights(network).items()
         ]
-
-    def epoch(self, training: "Training", folder: RunFolder) -> None:
-        if self.rows:
-            with writing(folder.path):
-                append_rows(folder.path / self.file, self.rows)
-            self.rows = []
 
 
 @torch.no_grad()

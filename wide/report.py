@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
-from wide.files import replace, sweep, writing
+from wide.files import replace, replace_text, sweep, writing
 from wide.rules import RULES
 from wide.runs import FINISHED, RunFolder
 from wide.tables import (
@@ -91,8 +91,8 @@ def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], No
     """
     with writing(path.parent):
         sweep(path.parent)
-        replace(path.with_suffix(".csv"), lambda file: file.write(rows.encode()))
-        replace(path.with_suffix(".md"), lambda file: file.write(text.encode()))
+        replace_text(path.with_suffix(".csv"), rows)
+        replace_text(path.with_suffix(".md"), text)
     try:
         replace(path.with_suffix(".png"), draw)
     except Exception as error:  # whatever matplotlib, its configuration or its fonts have

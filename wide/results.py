@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wide import UserError
-from wide.files import replace, writing
+from wide.files import replace_text, writing
 from wide.runs import FINISHED, Run, RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,13 @@ ADD_RULES = "backprop align_ada align_zero last_layer fa align_prop"
 SEEDS = "99 100 101 102 103"
 
 
+def matches(run: Run, fields: Mapping[str, object]) -> bool:
+    """Whether a run has these fields; a tuple gives several values."""
+    return all(
+        getattr(run, name) in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items()
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A command whose runs are in results/, and what its report is called there.
@@ -36,7 +43,7 @@ class Study:
     Args:
         name: of the report's files in results/reports/.
         script, number, options: the command; options on seeds and widths may name more than is there yet.
-        fields: fields of `Run` that its runs have, for counting them; a tuple gives several values.
+        fields: of `Run` that its runs have, for counting them (see `matches`).
         epochs: how many its runs have.
     """
 
@@ -59,12 +66,6 @@ class Study:
     @property
     def dataset(self) -> str:
         return str(self.fields["dataset"])
-
-    def has(self, run: Run) -> bool:
-        return all(
-            getattr(run, name) in (value if isinstance(value, tuple) else (value,))
-            for name, value in self.fields.items()
-        )
 
 
 def _study(title: str, command: str, epochs: int, **fields) -> Study:
@@ -154,10 +155,7 @@ HEADLINE = (
 
 
 def is_headline(run: Run) -> bool:
-    return any(
-        all(getattr(run, name) in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items())
-        for fields in HEADLINE
-    )
+    return any(matches(run, fields) for fields in HEADLINE)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -177,6 +175,10 @@ class Kept:
     @property
     def seconds(self) -> float:
         return sum(row["seconds"] for row in self.rows)
+
+    def is_of(self, fields: Mapping[str, object], epochs: int) -> bool:
+        """Whether it has these fields of `Run`, and went on for so many epochs or diverged before."""
+        return matches(self.run, fields) and self.folder.status(epochs) in FINISHED
 
     def diverged(self) -> bool:
         return not math.isfinite(self.rows[-1]["train_loss"])
@@ -208,7 +210,7 @@ def _read(results: Path, path: Path) -> Kept | None:
 
 
 def study_runs(kept: list[Kept], study: Study) -> list[Kept]:
-    return [one for one in kept if study.has(one.run) and one.folder.status(study.epochs) in FINISHED]
+    return [one for one in kept if one.is_of(study.fields, study.epochs)]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -226,8 +228,7 @@ def copy_finished(outputs: Path, results: Path) -> int:
     copied = 0
     for one in read(outputs):
         target = RunFolder(results, one.run)
-        wanted = [study for study in STUDIES if study.has(one.run)]
-        if not any(one.folder.status(study.epochs) in FINISHED for study in wanted):
+        if not any(one.is_of(study.fields, study.epochs) for study in STUDIES):
             continue
         if target.progress()[0] >= len(one.rows):
             continue
@@ -347,4 +348,4 @@ def page(results: Path, kept: list[Kept]) -> str:
 
 def write_page(path: Path, text: str) -> None:
     with writing(path.parent):
-        replace(path, lambda file: file.write(text.encode()))
+        replace_text(path, text)

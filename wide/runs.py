@@ -30,7 +30,7 @@ import torch
 
 from wide import UserError
 from wide.checkpoints import DIGEST, Unusable, read_sealed, require_finite, sealed
-from wide.files import append_rows, csv_text, keep_rows, replace, sweep, whole_lines, writing
+from wide.files import append_rows, csv_text, keep_rows, replace, replace_text, sweep, whole_lines, writing
 from wide.locks import Claim
 
 # Of a run's folder: from 2 on its checkpoint says what it belongs to, and one that does not is none of its own.
@@ -277,7 +277,7 @@ class RunFolder:
         sessions = [*self.config().get("sessions", []), session]
         config = {"format": FORMAT, "run": self.identity(fingerprint), "sessions": sessions}
         with writing(self.path):
-            replace(self.config_path, lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"))
+            replace_text(self.config_path, json.dumps(config, indent=2) + "\n")
             self.error_path.unlink(missing_ok=True)
 
     def append(self, row: Mapping[str, float | None]) -> None:
@@ -396,7 +396,7 @@ class RunFolder:
         except (OSError, ValueError, AttributeError) as error:
             raise self.damaged(self.metrics_path, error) from error
         with writing(self.path):
-            replace(self.metrics_path, lambda file: file.write(text.encode()))
+            replace_text(self.metrics_path, text)
 
 
 def _same(mine: object, theirs: object) -> bool:

@@ -35,9 +35,15 @@ class Machine:
         Raises:
             UserError: what is asked for is not here.
         """
+        alone = cls.alone(options)
+        return dataclasses.replace(alone, processes=join(alone.device))
+
+    @classmethod
+    def alone(cls, options: Options) -> "Machine":
+        """Of this process alone, whatever others the environment speaks of; raises as `chosen` does."""
         choose_algorithms(options.deterministic)
         device = choose_device(options.device)
-        return cls(device, choose_precision(options.precision, device), join(device))
+        return cls(device, choose_precision(options.precision, device))
 
 
 @dataclasses.dataclass(frozen=True)

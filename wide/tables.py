@@ -228,6 +228,12 @@ def make_table(view: View, summaries: list[Summary], metrics: Metrics) -> Table:
     return Table(view, metrics, columns, sections, choices)
 
 
+def data_text(folders: list[RunFolder]) -> str:
+    """What data these runs were trained on."""
+    found = {config["run"]["data"] for folder in folders if (config := folder.config())}
+    return f"data {', '.join(sorted(found)) or '-'}"
+
+
 def settings_text(runs: list[Run]) -> str:
     """What all these runs have in common."""
     texts = {

@@ -38,6 +38,7 @@ class Training:
 
     Attributes:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
+        alone: whether a step is one whole batch, in this process.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
 
@@ -50,6 +51,7 @@ class Training:
     def __init__(self, task: Task, run: Run, processes: Processes = ALONE, recorders: Sequence[Recorder] = ()):
         self.task, self.run, self.processes, self.recorders = task, run, processes, recorders
         self.rule = task.rule(run)
+        self.alone = run.batches == 1 and processes.count == 1
         self.split_batches = run.batches == 1 and processes.count > 1
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
@@ -66,9 +68,8 @@ class Training:
         Adam's bias correction is a number of Python's, the noise of a mirror step comes from the CPU, and a step of
         several batches or processes is made of parts.
         """
-        alone = self.run.batches == 1 and self.processes.count == 1
         plain = RULES[self.run.rule].between_steps is nothing_between and type(self.optimizer) is torch.optim.SGD
-        return self.task.device.type == "cuda" and alone and plain
+        return self.task.device.type == "cuda" and self.alone and plain
 
     def state(self) -> dict:
         """What a checkpoint holds."""
@@ -133,7 +134,6 @@ class Training:
 
     def update(self, batches: Iterable[tuple[Tensor, Tensor]], last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """A step, operation by operation."""
-        alone = self.run.batches == 1 and self.processes.count == 1
         made = []
         self.optimizer.zero_grad(set_to_none=True)
         for inputs, targets in batches:
@@ -142,9 +142,9 @@ class Training:
             with self.autocast():
                 outputs = self.rule(inputs)
             loss = self.loss(outputs, targets)
-            (loss if alone else loss * len(targets)).backward()
+            (loss if self.alone else loss * len(targets)).backward()
             made.append((_full(outputs).detach(), targets, loss.detach()))
-        if not alone:
+        if not self.alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
         if last and self.recorders and len(targets):
             with self.aside():
@@ -266,8 +266,9 @@ class Averages:
     def add(self, measures: dict[str, Tensor], examples: int) -> None:
         """Means over so many examples."""
         for name, value in measures.items():
-            total = torch.zeros((), dtype=exact(value.device), device=value.device)
-            self.sums[name] = self.sums.get(name, total) + value * examples
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=exact(value.device), device=value.device)
+            self.sums[name] = self.sums[name] + value * examples
         self.examples += examples
 
     def values(self, processes: Processes) -> dict[str, float]:
@@ -312,14 +313,23 @@ def train(
                 _train_epochs(training, folder, epochs)
 
 
+def restore(training: Training, folder: RunFolder, checkpoint: dict) -> None:
+    """Go on from a folder's checkpoint.
+
+    Raises:
+        UserError: it is none of this run.
+    """
+    try:
+        training.restore(checkpoint)
+    except (Unusable, ValueError, TypeError) as error:
+        raise folder.damaged(folder.checkpoint_path, error) from error
+
+
 def _start(training: Training, folder: RunFolder) -> None:
     """Go on from the run's checkpoint; without one, write the first."""
     device, count = training.task.device, training.processes.count
     if (checkpoint := folder.load(device)) is not None:
-        try:
-            training.restore(checkpoint)
-        except (Unusable, ValueError, TypeError) as error:
-            raise folder.damaged(folder.checkpoint_path, error) from error
+        restore(training, folder, checkpoint)
     folder.keep(training.epoch)
     if checkpoint is not None and checkpoint[DIGEST] is None:
         folder.save(training.state())  # of an earlier version: from now on it says whose it is
