@@ -1,5 +1,6 @@
 """--evaluate: metrics.csv is measured anew from what runs kept, with the batches of their own stream."""
 
+import math
 import shutil
 
 import pytest
@@ -12,8 +13,11 @@ from wide.checkpoints import DIGEST, sealed
 from wide.evaluation import Comparison, replay, restored
 from wide.options import DataOptions
 from wide.runs import Run, RunFolder
+from wide.tasks import AddTask
+from wide.training import Schedule, train
 
 RULES = ["backprop", "align_ada", "weight_mirror"]
+ADD = Run("add", "rnn", "backprop", 8, 0.001, 99, 50, variant="published")
 NAME = "cnn-{}-width4-lr1-seed99-batch20"
 
 
@@ -47,6 +51,59 @@ def test_finished_runs_are_met_exactly(kmnist, finished):
     assert done.stdout.count("| met, exactly |") == 2 * len(RULES)
     assert "3 of 3 runs measured, 0 not met" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_evaluated_now_and_then_it_trains_the_same(kmnist, finished, tmp_path):
+    """Also when it is stopped and goes on; what is not evaluated stays empty, and is never shown as a result."""
+    rule = ["--rules", "align_ada", "--evaluate-every", 2]
+    for epochs in (1, 4, 5):
+        done = script("train_kmnist.py", 1, *options(kmnist, tmp_path, *rule, "--epochs", epochs))
+        assert done.returncode == 0, done.stderr
+    run = Run("kmnist", "cnn", "align_ada", 4, 1.0, 99, 20)
+    sparse, full = RunFolder(tmp_path, run), RunFolder(tmp_path / "full", run)
+    shutil.copytree(RunFolder(finished, run).path, full.path)
+    every = script("train_kmnist.py", 1, *options(kmnist, tmp_path / "full", "--rules", "align_ada", "--epochs", 5))
+    assert every.returncode == 0, every.stderr
+    measured = ("validation_accuracy", "test_accuracy")
+    for mine, other in zip(sparse.rows(), full.rows(), strict=True):
+        for name in mine.keys() - {"seconds"}:
+            empty = name in measured and mine["epoch"] == 3
+            assert mine[name] == (None if empty else other[name])
+    assert_same_parameters(sparse, full)
+    assert table(done) == table(every)
+    early = script("train_kmnist.py", 1, *options(kmnist, tmp_path, *rule, "--epochs", 3))
+    assert early.returncode == 2
+    assert early.stderr.count("\n") == 1
+    assert "after epoch 3, as --evaluate-every leaves it; ask for --epochs 2 or 4 or 5" in early.stderr
+    again = script("train_kmnist.py", 1, *options(kmnist, tmp_path, "--rules", "align_ada", "--evaluate"))
+    assert again.stdout.count("| met, exactly |") == 2
+
+
+def assert_same_parameters(mine, other):
+    mine, other = (folder.load(torch.device("cpu"))["rule"] for folder in (mine, other))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def table(done):
+    return [line for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_a_run_that_diverges_is_evaluated(kmnist, tmp_path):
+    given = ["--rules", "backprop", "--learning-rates", 1e9, "--epochs", 5, "--evaluate-every", 5]
+    done = script("train_kmnist.py", 1, *options(kmnist, tmp_path, *given))
+    assert done.returncode == 0, done.stderr
+    rows = RunFolder(tmp_path, Run("kmnist", "cnn", "backprop", 4, 1e9, 99, 20)).rows()
+    assert len(rows) < 5
+    assert not math.isfinite(rows[-1]["train_loss"])
+    assert rows[-1]["test_accuracy"] is not None
+    assert "diverged" in done.stdout
+
+
+def test_where_each_epoch_counts_each_is_evaluated(tmp_path):
+    assert script("train_add.py", 1, "--evaluate-every", 2, "--outputs", tmp_path).returncode == 2
+    train(AddTask("published", torch.device("cpu")), folder := RunFolder(tmp_path, ADD), Schedule(2, 2))
+    assert all(row["test_loss"] is not None for row in folder.rows())
 
 
 def change(path):

@@ -1,6 +1,7 @@
 """Tables: which learning rate is chosen, what is averaged, what diverged and missing runs look like."""
 
 import csv
+import dataclasses
 import io
 import statistics
 
@@ -19,7 +20,7 @@ def summary(
     run = Run("kmnist", "cnn", rule, width, rate, seed, 100, data_limit=limit)
     metrics = {"validation_accuracy": validation, "test_accuracy": test, "seconds": seconds}
     final = metrics if status == "done" else {}
-    history = {name: (0.5 * value, value) for name, value in final.items()}
+    history = {"epoch": (5, 10), **{name: (0.5 * value, value) for name, value in final.items()}}
     return Summary(run, status, 10, final, final, history, 12.5, "data", "cpu")
 
 
@@ -158,7 +159,7 @@ def test_curves_show_every_metric_at_every_epoch_averaged_over_seeds():
     grid = [summary(seed=1, validation=0.4), summary(seed=2, validation=0.8)]
     figure = KINDS["curves"](make_table(View(), grid, ACCURACY), {}, 45000)
     (validation,), (test,) = (panel.lines for panel in figure.axes)
-    assert list(validation.get_xdata()) == [1, 2]
+    assert list(validation.get_xdata()) == [5, 10]
     assert list(validation.get_ydata()) == pytest.approx([30, 60])
     assert list(test.get_ydata()) == pytest.approx([20, 40])
 
@@ -175,3 +176,12 @@ def test_the_best_width_is_chosen_where_the_layout_says_so():
     view = View("data_limit", ("learning_rate", "width"), figure="gap")
     grid = [summary(width=8, limit=45, validation=0.3), summary(width=64, limit=45, validation=0.4)]
     assert rows_of(text_of(grid, view))["Backprop"] == ["40.0 / 40.0 (width 64)"]
+
+
+def test_curves_over_seeds_that_were_evaluated_at_other_epochs(tmp_path):
+    one, other = summary(seed=1), summary(seed=2, validation=0.7)
+    view, metrics = VIEWS["curves"]
+    for epochs, common in ((5, 10), [5, 10]), ((2, 10), [10]), ((3, 4), []):
+        rarely = dataclasses.replace(other, history=other.history | {"epoch": epochs})
+        figure = KINDS["curves"](make_table(view, [one, rarely], metrics), {}, 45000)
+        assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [common]

@@ -74,6 +74,8 @@ class Setting:
         if self.loss:
             losses = [row["test_loss"] for row in rows if math.isfinite(row["test_loss"])]
             return math.log(min(losses) if losses else AddTask(one.run.variant, torch.device("cpu")).chance("test"))
+        if rows[-1]["test_accuracy"] is None:
+            raise UserError(f"{one.folder.path} was not evaluated after epoch {len(rows)}; take it out of results/")
         return 100 * rows[-1]["test_accuracy"]
 
 

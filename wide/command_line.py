@@ -26,6 +26,7 @@ ABSENT = {
     **dict.fromkeys(GRID),
     "variant": None, "workers": None, "profile": False, "batches_per_step": None, "sync_normalisation": False,
     "log_alignment": False, "keep": None, "score_epochs": None, "shuffle_seed": PAPER_SEED, "files": None,
+    "evaluate_every": 1,
 }  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
             keep=_unrepeated(arguments.keep),
             score_epochs=_unrepeated(arguments.score_epochs),
             shuffle_seed=arguments.shuffle_seed,
+            evaluate_every=arguments.evaluate_every,
         ),
         parallel=_parallel(arguments),
         device=arguments.device,
@@ -161,6 +163,9 @@ def _add_grid(parser: argparse.ArgumentParser, subject: Subject) -> None:
 
 def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add = parser.add_argument
+    if not subject.metrics.use_best:  # the best epoch is known only if each is evaluated
+        every = "epochs, and after the last, validation and test images are evaluated (default: 1, as published)"
+        add("--evaluate-every", type=positive_int, default=1, metavar="N", help=every)
     if not subject.scored:
         logged = "in each run that is trained, keep angles between the rule's gradients and backprop's in angles.csv"
         add("--log-alignment", action="store_true", help=logged)

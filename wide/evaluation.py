@@ -87,10 +87,12 @@ def keeps_any(folder: RunFolder) -> bool:
 
 def _evaluate_one(study: Study, task: Task, folder: RunFolder) -> str | None:
     """Print a run's lines; return why it is not met."""
+    comparisons, epoch = compare(study, task, folder)
     trained_on = folder.config().get("run", {}).get("data")
     same = trained_on == task.fingerprint
+    if not comparisons:
+        return f"nothing was measured after epoch {epoch}, whose parameters it keeps"
     verdict = "" if same else f"other data ({task.fingerprint}, not {trained_on}): no verdict"
-    comparisons, epoch = compare(study, task, folder)
     for c in comparisons:
         numbers = f"{c.recorded:.6g} | {c.measured:.6g}"
         tqdm.write(f"| {folder.run.name} | {epoch} | {c.metric} | {numbers} | {verdict or c.text} |")

@@ -124,11 +124,10 @@ def curves(table: Table, references, examples: int):
             _mark_diverged(panel, rule, [1], cells[k : k + 1], aside=_aside(number, len(rows)))
             if not cells[k].histories:
                 continue
-            epochs = zip(*(history[metric] for history in cells[k].histories), strict=True)
-            means = [_scaled(table, statistics.fmean(values)) for values in epochs]
-            last = max(last, len(means))
+            means = _over_epochs(cells[k].histories, metric)
+            last = max([last, *means])
             style = RULES[rule].style | {"markevery": max(len(means) // 8, 1), "markersize": 5}
-            panel.plot(range(1, len(means) + 1), means, label=RULES[rule].title, **style)
+            panel.plot([*means], [_scaled(table, mean) for mean in means.values()], label=RULES[rule].title, **style)
         panel.set_xlim(0.5, last + 0.5)
         panel.set_xlabel("epoch")
         panel.set_ylabel(table.metrics.label(metric))
@@ -137,6 +136,13 @@ def curves(table: Table, references, examples: int):
         _plain(panel)
     _legend(figure)
     return figure
+
+
+def _over_epochs(histories, metric: str) -> dict[int, float]:
+    """The mean over seeds of a metric, by the epochs after which all of them were evaluated."""
+    values = [dict(zip(history["epoch"], history[metric], strict=True)) for history in histories]
+    common = [epoch for epoch in values[0] if all(epoch in one for one in values)]
+    return {epoch: statistics.fmean(one[epoch] for one in values) for epoch in common}
 
 
 def timing(table: Table, references, examples: int):

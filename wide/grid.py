@@ -19,7 +19,7 @@ from wide.recorders import Recorder
 from wide.runs import FINISHED, RunFolder
 from wide.study import Study
 from wide.tasks import Task
-from wide.training import PREPARE, Training, train, train_as_worker, warm_up
+from wide.training import PREPARE, Schedule, Training, train, train_as_worker, warm_up
 
 Failures = list[tuple[RunFolder, str]]  # runs that are not finished, with the reason
 
@@ -167,7 +167,8 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress |
         if progress:
             progress.pace.start()
         recorders = [*study.recorders(), *([progress] if progress else [])]
-        train(task, folder, study.epochs, recorders, study.processes)
+        schedule = Schedule(study.epochs, study.options.record.evaluate_every)
+        train(task, folder, schedule, recorders, study.processes)
         if (status := folder.status(study.epochs)) not in FINISHED:
             return Outcome(f"{name}: {status}", status)
         return Outcome(summary_line(folder, study.epochs))
@@ -242,6 +243,6 @@ def summary_line(folder: RunFolder, epochs: int) -> str:
     """How a finished run went."""
     rows = folder.rows()
     metrics = {name: value for name, value in rows[-1].items() if name.endswith(("loss", "accuracy"))}
-    shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+    shown = "  ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in metrics.items() if v is not None)
     seconds = sum(row["seconds"] for row in rows)
     return f"{folder.run.name}: {folder.status(epochs)} at epoch {len(rows)}, {seconds:.1f} s  {shown}"

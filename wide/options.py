@@ -44,12 +44,14 @@ class RecordOptions:
         keep: epochs whose parameters are kept; None for the experiment's own.
         score_epochs: epochs of alignment scores; None for every one.
         shuffle_seed: of the control of alignment scores.
+        evaluate_every: so many epochs the network is evaluated, and after the last.
     """
 
     angles: bool = False
     keep: tuple[int, ...] | None = None
     score_epochs: tuple[int, ...] | None = None
     shuffle_seed: int = PAPER_SEED
+    evaluate_every: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 
-from wide.runs import Run, RunFolder
+from wide import UserError
+from wide.runs import FINISHED, Run, RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Summary:
     """A run in figures: its metrics at the last epoch, at their best and at every epoch, up to an experiment's last.
 
     `best`, for accuracies, is taken at the epoch of the best validation accuracy; for losses each at its own lowest.
+    `history` has the epochs after which the run was evaluated, as "epoch", and its metrics then.
     """
 
     run: Run
@@ -93,19 +95,19 @@ class Summary:
         Raises:
             UserError: a file is damaged, or lacks what is to be shown.
         """
-        rows, config = folder.rows()[:epochs], folder.config()
+        rows, config, status = folder.rows()[:epochs], folder.config(), folder.status(epochs)
+        _require_values(folder, rows, metrics, status)
+        evaluated = [row for row in rows if all(row[name] is not None for name in metrics.shown)]
         names = [name for name in (rows[0] if rows else ()) if name != "epoch"]
-        columns = [name for name in names if all(row[name] is not None for row in rows)]
-        if rows and (lacking := {*metrics.shown, "seconds"} - set(columns)):
-            raise folder.damaged(folder.metrics_path, ValueError(f"it lacks values of {', '.join(sorted(lacking))}"))
-        finite = [row for row in rows if all(math.isfinite(row[name]) for name in columns)]
+        columns = [name for name in names if all(row[name] is not None for row in evaluated)]
+        finite = [row for row in evaluated if all(math.isfinite(row[name]) for name in columns)]
         return cls(
             run=folder.run,
-            status=folder.status(epochs),
+            status=status,
             epochs=len(rows),
-            final={name: rows[-1][name] for name in columns} if rows else {},
+            final={name: evaluated[-1][name] for name in columns} if evaluated else {},
             best=_best(finite, columns, metrics),
-            history={name: tuple(row[name] for row in rows) for name in columns},
+            history={name: tuple(row[name] for row in evaluated) for name in ("epoch", *columns)},
             seconds=sum(row["seconds"] for row in rows),
             data=config.get("run", {}).get("data", ""),
             device=", ".join(dict.fromkeys(session["device"] for session in config.get("sessions", []))),
@@ -119,6 +121,22 @@ class Summary:
 
     def shown(self, metrics: Metrics) -> Mapping[str, float]:
         return self.best if metrics.use_best else self.final
+
+
+def _require_values(folder: RunFolder, rows: list[dict], metrics: Metrics, status: str) -> None:
+    """Raise UserError for rows without what is shown: any without time, or a finished run's last."""
+    lacking = {"seconds", *metrics.shown} - (rows[0].keys() if rows else {"seconds", *metrics.shown})
+    lacking |= {"seconds"} if any(row.get("seconds") is None for row in rows) else set()
+    if lacking:
+        raise folder.damaged(folder.metrics_path, ValueError(f"it lacks values of {', '.join(sorted(lacking))}"))
+    lacking = [name for name in metrics.shown if rows and rows[-1][name] is None]
+    if lacking and status in FINISHED:
+        had = [str(row["epoch"]) for row in folder.rows() if all(row[name] is not None for name in metrics.shown)]
+        remedy = f"ask for --epochs {' or '.join(had[-3:])}, or " if had else ""
+        raise UserError(
+            f"{folder.path} has no {', '.join(lacking)} after epoch {len(rows)}, as --evaluate-every leaves it; "
+            f"{remedy}train it in another --outputs folder"
+        )
 
 
 def _best(rows: list[dict], columns: list[str], metrics: Metrics) -> dict[str, float]:

@@ -192,8 +192,11 @@ class Training:
                 averages.add(self.task.measures(_full(outputs), targets), len(targets))
         return averages.values(self.processes)
 
-    def train_epoch(self) -> dict[str, float]:
+    def train_epoch(self, evaluate: bool = True) -> dict[str, float | None]:
         """Train for an epoch and evaluate.
+
+        Args:
+            evaluate: or not, where the loss is finite and no evaluation's; what follows has the same numbers.
 
         Returns:
             A row of metrics.csv. `seconds` is the time of the training pass alone, without that of recorders.
@@ -209,16 +212,22 @@ class Training:
                 averages.add(self.task.measures(outputs, targets), len(targets))
         seconds = self.clock() - start - self.aside_seconds
         metrics = {f"train_{name}": value for name, value in averages.values(self.processes).items()}
-        metrics |= self.evaluations()
-        columns = {name: metrics[name] for name in self.task.columns} | self.task.noticed(self.processes)
+        owed = any(evaluation.split == "train" for evaluation in self.task.evaluations)
+        metrics |= self.evaluations(evaluate or owed or not math.isfinite(metrics["train_loss"]))
+        columns = {name: metrics.get(name) for name in self.task.columns} | self.task.noticed(self.processes)
         return {"epoch": self.epoch, **columns, "seconds": round(seconds, 4)}
 
-    def evaluations(self) -> dict[str, float]:
-        """What is measured of the network as it stands after an epoch, "<split>_<measure>"."""
+    def evaluations(self, wanted: bool = True) -> dict[str, float]:
+        """What is measured of the network as it stands after an epoch, "<split>_<measure>".
+
+        Args:
+            wanted: else nothing is measured; the stream goes on as if it were.
+        """
         metrics = {}
         for evaluation in self.task.evaluations:
             stream = self.stream if evaluation.streamed else np.random.RandomState(self.run.seed)
-            values = self.evaluate(evaluation.split, stream.permutation(self.task.size(self.run, evaluation.split)))
+            order = stream.permutation(self.task.size(self.run, evaluation.split))
+            values = self.evaluate(evaluation.split, order) if wanted else {}
             metrics |= {f"{evaluation.split}_{name}": value for name, value in values.items()}
         return metrics
 
@@ -287,14 +296,33 @@ def _full(outputs: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- a run's life
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long a run is trained, and when it is evaluated: after every so many epochs, and after the last.
+
+    Where it is not, the row of metrics.csv has no values for what is measured then.
+    """
+
+    epochs: int
+    evaluate_every: int = 1
+
+    def evaluates(self, epoch: int) -> bool:
+        return epoch % self.evaluate_every == 0 or epoch == self.epochs
+
+
 def train(
-    task: Task, folder: RunFolder, epochs: int, recorders: Sequence[Recorder] = (), processes: Processes = ALONE
+    task: Task,
+    folder: RunFolder,
+    schedule: Schedule | int,
+    recorders: Sequence[Recorder] = (),
+    processes: Processes = ALONE,
 ) -> None:
-    """Train a run up to `epochs` epochs, from its checkpoint where it has one; keep a row and a checkpoint of each.
+    """Train a run, from its checkpoint where it has one; keep a row and a checkpoint of each epoch.
 
     Stops early at a loss that is not finite: the run's status is then "diverged".
 
     Args:
+        schedule: or the number of epochs, each of which is evaluated.
         recorders: what is recorded beside the metrics, of every epoch that is trained here.
         processes: those that train together. The first calls `train`, the others are in `train_as_worker`.
 
@@ -302,15 +330,16 @@ def train(
         UserError: the folder cannot be used (see RunFolder).
         Busy: another process trains this run.
     """
+    schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
     with folder.locked(), memory_for(folder.run, task.device):
         folder.check(task.fingerprint)
         training = Training(task, folder.run, processes, recorders)
         _start(training, folder)
         if folder.progress()[1]:
             several = processes.count > 1
-            work = Work(folder.run, task.fingerprint, epochs, _packed(training.state())) if several else None
+            work = Work(folder.run, task.fingerprint, schedule, _packed(training.state())) if several else None
             with processes.working(work):
-                _train_epochs(training, folder, epochs)
+                _train_epochs(training, folder, schedule)
 
 
 def restore(training: Training, folder: RunFolder, checkpoint: dict) -> None:
@@ -342,11 +371,11 @@ def _start(training: Training, folder: RunFolder) -> None:
         folder.save(training.state())
 
 
-def _train_epochs(training: Training, folder: RunFolder, epochs: int) -> None:
-    thrift, first = Thrift(), training.epoch
+def _train_epochs(training: Training, folder: RunFolder, schedule: Schedule) -> None:
+    thrift, first, epochs = Thrift(), training.epoch, schedule.epochs
     with tqdm(None, folder.run.name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
         while training.epoch < epochs:
-            row = training.train_epoch()
+            row = training.train_epoch(schedule.evaluates(training.epoch + 1))
             finite = math.isfinite(row["train_loss"])
             for recorder in training.recorders:
                 row |= recorder.columns(training)
@@ -364,14 +393,14 @@ def _train_epochs(training: Training, folder: RunFolder, epochs: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the first process has the others train with it: a run from a checkpoint's state up to an epoch.
+    """What the first process has the others train with it: a run from a checkpoint's state.
 
     Before any, PREPARE has them read the data, while it does so itself.
     """
 
     run: Run
     fingerprint: str
-    epochs: int
+    schedule: Schedule
     state: bytes
 
 
@@ -393,8 +422,10 @@ def train_as_worker(processes: Processes, make_task: Callable[[], Task]) -> None
             raise UserError(f"process {processes.rank} finds the data {task.fingerprint}, the first {work.fingerprint}")
         training = Training(task, work.run, processes)
         training.restore(torch.load(io.BytesIO(work.state), map_location=task.device, weights_only=True))
-        while training.epoch < work.epochs and math.isfinite(training.train_epoch()["train_loss"]):
-            pass
+        while training.epoch < work.schedule.epochs:
+            row = training.train_epoch(work.schedule.evaluates(training.epoch + 1))
+            if not math.isfinite(row["train_loss"]):
+                break
     processes.gather(None)  # see Processes.dismiss
 
 
