@@ -219,12 +219,14 @@ class TensorFlow:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 
-    def seconds(self, step: Step) -> float:
-        """
+    def seconds(self, step: Step, updates: int = 1, evaluations: int = 0) -> float:
+        """Of a step; or of so many, and of batches that are evaluated.
+
         Raises:
             RuntimeError: the process has ended, for want of TensorFlow for one.
         """
-        self.process.stdin.write(json.dumps(request(step)) + "\n")
+        line = json.dumps(request(step) | {"updates": updates, "evaluations": evaluations})
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
             raise RuntimeError("the TensorFlow process has ended; does python3 benchmarks/tensorflow_steps.py 1 start?")

@@ -28,7 +28,8 @@ class Request(NamedTuple):
     """A training step.
 
     `network` is "cnn" or "rnn"; `shapes` are those of the parameters in TensorFlow's layout, in the order of the
-    reference; `feedback`, those of the feedback weights; `inputs`, `outputs`, of the batch (channels last).
+    reference; `feedback`, those of the feedback weights; `inputs`, `outputs`, of the batch (channels last). `updates`,
+    `evaluations`: how many are made, one after the other.
     """
 
     network: str
@@ -38,6 +39,8 @@ class Request(NamedTuple):
     feedback: list[list[int]]
     inputs: list[int]
     outputs: list[int]
+    updates: int = 1
+    evaluations: int = 0
 
 
 class Step:
@@ -58,7 +61,8 @@ class Step:
         self.feedback = [drawn(shape) / math.sqrt(math.prod(shape)) for shape in request.feedback]
         self.inputs = tf.constant(stream.rand(*request.inputs), tf.float32)
         self.targets = tf.constant(stream.rand(*request.outputs), tf.float32)
-        self.update = tf.function(self.updated)
+        self.update, self.evaluate = tf.function(self.updated), tf.function(self.evaluated)
+        self.updates, self.evaluations = request.updates, request.evaluations
 
     def updated(self):
         """One update by SGD; the loss."""
@@ -72,9 +76,17 @@ class Step:
                     parameter.assign_sub(1e-3 * gradient)
         return loss
 
+    def evaluated(self):
+        """The loss, from the current network alone."""
+        output = self.network.backprop(self.inputs, self.theta, self.theta0, self.feedback)
+        return self.network.loss(output, self.targets)
+
     def seconds(self) -> float:
         start = time.perf_counter()
-        self.update().numpy()
+        for _ in range(self.updates):
+            self.update().numpy()
+        for _ in range(self.evaluations):
+            self.evaluate().numpy()
         return time.perf_counter() - start
 
 

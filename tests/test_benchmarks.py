@@ -64,3 +64,12 @@ def test_the_same_steps_in_tensorflow(dataset):
         step = steps.Step(steps.Setting(dataset, rule, 4, "fp32"), torch.device("cpu"))
         assert tensorflow.seconds(step) > 0
     tensorflow.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
+def test_a_whole_training_runs():
+    arguments = ["--rules", "align_ada", "--widths", 4, "--epochs", 2, "--rounds", 1]
+    done = script("benchmarks/whole_training.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    _, _, mine, other, ratio = [cell.strip() for cell in done.stdout.splitlines()[-1].strip("| ").split("|")]
+    assert float(ratio) == pytest.approx(float(mine) / float(other), abs=0.1)

@@ -81,7 +81,7 @@ class Setting:
 
 ADD = {"dataset": "add", "learning_rate": 0.001, "batch_size": 50}
 KMNIST = Setting("KMNIST", FULL | {"dataset": "kmnist", "learning_rate": 5.0}, 100)
-CIFAR = Setting("CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 30)
+CIFAR = Setting("CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 10)
 ADDS = tuple(
     Setting(f"Add, {variant}", ADD | {"variant": variant}, 200, loss=True) for variant in ("published", "corrected")
 )

@@ -15,7 +15,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from wide import UserError
+from wide.devices import device_name
 from wide.files import replace_text, writing
 from wide.runs import FINISHED, Run, RunFolder
 
@@ -25,6 +28,7 @@ KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv")
 DATA = "DATA"  # in commands: the folder of the data
 ALL = "backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror"
 FIVE = "backprop align_ada align_zero fa dfa"
+THREE = "backprop align_ada align_zero"
 ADD_RULES = "backprop align_ada align_zero last_layer fa align_prop"
 SEEDS = "99 100 101 102 103"
 
@@ -76,6 +80,7 @@ def _study(title: str, command: str, epochs: int, **fields) -> Study:
 
 
 TRAINED = {"network": "cnn", "parameterisation": "ntk", "optimizer": "sgd", "timed_on": None}
+TIMED = {"network": "cnn", "data_limit": 1000, "batch_size": 100, "learning_rate": 5.0, "seed": (100, 101, 102)}
 FULL = TRAINED | {"batch_size": 100, "data_limit": None, "precision": "fp32"}
 RULES = tuple(ALL.split())  # of training scripts: all but pairs
 
@@ -107,16 +112,34 @@ STUDIES = (
         20, dataset="kmnist", rule="pair",
     ),
     _study(
-        "accuracy against width, all 45,000 training images, learning rate 5, 30 epochs",
+        "accuracy against width, all 45,000 training images, learning rate 5, 10 epochs",
         f"cifar_width: train_cifar.py 1 --rules {FIVE} last_layer align_prop --widths 8 16 32 64 --learning-rates 5 "
-        f"--epochs 30 --seeds 99 100 101 --data-dir {DATA}",
-        30, dataset="cifar", rule=RULES, **FULL,
+        f"--epochs 10 --evaluate-every 10 --seeds 99 100 101 --data-dir {DATA}",
+        10, dataset="cifar", rule=RULES, **FULL,
     ),
     _study(
         "accuracy against number of training images",
-        f"cifar_images: train_cifar.py 4 --rules {FIVE} --widths 8 16 --learning-rates 5 --data-limits 45 150 450 1500 "
-        f"--seeds 99 100 101 --data-dir {DATA}",
+        f"cifar_images: train_cifar.py 4 --rules {FIVE} --widths 8 16 --learning-rates 5 2 1 "
+        f"--data-limits 45 150 450 1500 --evaluate-every 150 --seeds 99 100 101 --data-dir {DATA}",
         150, dataset="cifar", **TRAINED, data_limit=(45, 150, 450, 1500),
+    ),
+    _study(
+        "4,500 training images in NTK parameterisation, 10 epochs, seed 99: what the next is compared with",
+        f"cifar_ntk: train_cifar.py 1 --rules {THREE} --widths 8 16 --data-limits 4500 --epochs 10 "
+        f"--evaluate-every 10 --data-dir {DATA}",
+        10, dataset="cifar", rule=tuple(THREE.split()), **TRAINED, data_limit=4500,
+    ),
+    _study(
+        "4,500 training images in standard parameterisation with Adam, 10 epochs, seed 99",
+        f"cifar_standard: train_cifar.py 3 --widths 8 16 --learning-rates 0.0005 0.001 0.002 0.005 0.01 "
+        f"--data-limits 4500 --epochs 10 --evaluate-every 10 --data-dir {DATA}",
+        10, dataset="cifar", network="cnn", parameterisation="standard", data_limit=4500,
+    ),
+    _study(
+        "training time of an epoch of 1,000 images against width",
+        "cifar_time: train_cifar.py 7 --widths 8 16 32 --learning-rates 5 --data-limits 1000 --seeds 100 101 102 "
+        f"--data-dir {DATA}",
+        1, dataset="cifar", **TIMED,
     ),
     _study(
         "alignment scores of pairs against width, 20 epochs",
@@ -249,10 +272,15 @@ def require_small(results: Path) -> None:
 
 
 def write_reports(results: Path, kept: list[Kept]) -> None:
-    """results/reports/<study>.csv, .md and .png, by the studies' own commands, of the runs that are there."""
+    """results/reports/<study>.csv, .md and .png, by the studies' own commands, of the runs that are there.
+
+    Raises:
+        UserError: a command fails.
+    """
     for study in STUDIES:
         found = study_runs(kept, study)
-        if not found:
+        elsewhere = {one.run.timed_on for one in found} - {None, device_name(torch.device("cpu"))}
+        if not found or elsewhere:  # times are shown by the machine that took them
             continue
         words = shlex.split(study.options)
         if DATA in words:
@@ -277,6 +305,7 @@ def _present(words: list[str], found: list[Kept]) -> list[str]:
         "--seeds": {one.run.seed for one in found},
         "--rules": {one.run.rule for one in found},
         "--data-limits": {one.run.data_limit for one in found},
+        "--learning-rates": {f"{one.run.learning_rate:g}" for one in found},
     }
     kept, option = [], None
     for word in words:
