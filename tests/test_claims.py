@@ -95,6 +95,24 @@ def test_verdicts(tmp_path):
     assert figure.half_width == pytest.approx(4.303 * statistics.stdev([4.5, 5, 5.5]) / math.sqrt(3))
 
 
+@pytest.mark.parametrize(("harm", "verdict"), [(0.5, claims.HOLDS), (5, claims.DOES_NOT)])
+def test_bf16_is_compared_run_by_run(tmp_path, harm, verdict):
+    """After 10 epochs, whatever follows; bf16 takes `harm` points, give or take a tenth."""
+    for seed in (1, 2, 3):
+        for precision, lost in (("fp32", 0), ("bf16", harm + 0.1 * (seed - 2))):
+            run = Run(rule="fa", width=8, seed=seed, precision=precision, **KMNIST)
+            path = finish(tmp_path, run, [0.3 + 0.1 * seed - lost / 100] + [0.1] * 90)
+            angles = [f"{epoch},blocks.0.layer,{60 + seed + lost},50" for epoch in (9, 10, 11)]
+            header = "epoch,layer,degrees_to_backprop,degrees_feedback_to_weight"
+            (path / "angles.csv").write_text("\n".join([header, *angles, ""]))
+    figures = {part.what.partition(":")[2]: part for part in claims.in_bf16(results.read(tmp_path)) if part.values}
+    accuracy, angle = figures.values()
+    assert next(iter(figures)) == " FA, test accuracy, points: bf16 less fp32, at width 8"
+    assert accuracy.values == pytest.approx((0.1 - harm, -harm, -harm - 0.1))
+    assert angle.values == pytest.approx((harm - 0.1, harm, harm + 0.1))
+    assert accuracy.verdict == angle.verdict == verdict
+
+
 def test_other_numbers_give_other_verdicts(tmp_path):
     grid(tmp_path, approaching)
     for path in tmp_path.glob("kmnist/*align_ada*width32*/metrics.csv"):
@@ -147,7 +165,7 @@ def test_collecting_keeps_what_is_finished(tmp_path):
     (path / ".lock").touch()
     other = finish(outputs, dataclasses.replace(run, width=32), [0.5])
     (other / "checkpoint.pt").write_bytes(b"1")
-    unfinished = finish(outputs, dataclasses.replace(run, width=8), [0.5])
+    unfinished = finish(outputs, dataclasses.replace(run, width=64), [0.5])
     metrics = unfinished / "metrics.csv"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:50]))
     assert results.copy_finished(outputs, kept) == 2

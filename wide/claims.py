@@ -13,6 +13,8 @@ The rules, fixed here before the numbers are seen:
   that diverged counts with what it had: its last accuracy (chance), its lowest loss before, or where it had none that
   of guessing 0.5.
 - Two rules are comparable if they are at most MARGIN points apart.
+- bf16 does no harm if accuracies stay within MARGIN points of those in fp32, angles within MARGIN degrees, alignment
+  scores within 0.02.
 """
 
 import dataclasses
@@ -30,8 +32,10 @@ from wide.results import FULL, TRAINED, Kept
 from wide.rules import RULES
 from wide.tasks import AddTask
 
-MARGIN = 2.0  # percentage points
+MARGIN = 2.0  # percentage points, degrees
+SCORE_MARGIN = 0.02
 LEAST_SEEDS = 3
+PRECISION_RULES = ("backprop", "align_ada", "align_zero", "fa", "dfa", "last_layer")
 # Student's t for 95%, by degrees of freedom from 1; beyond, the last.
 STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -86,9 +90,10 @@ ADDS = tuple(
     Setting(f"Add, {variant}", ADD | {"variant": variant}, 200, loss=True) for variant in ("published", "corrected")
 )
 IMAGES = (KMNIST, CIFAR)
+PAIR = {"rule": "pair", "data_limit": None, "precision": "fp32"}
 PAIRS = (
-    Setting("KMNIST", {"dataset": "kmnist", "rule": "pair", "data_limit": None}, 20),
-    Setting("CIFAR-10", {"dataset": "cifar", "rule": "pair", "data_limit": None}, 20),
+    Setting("KMNIST", PAIR | {"dataset": "kmnist"}, 20),
+    Setting("CIFAR-10", PAIR | {"dataset": "cifar"}, 20),
     Setting("Add, published", {"dataset": "add", "rule": "pair", "variant": "published"}, 40),
 )
 LITTLE = tuple(
@@ -97,6 +102,10 @@ LITTLE = tuple(
     )
     for images in (45, 150, 450, 1500)
 )
+PRECISIONS = {name: Setting("KMNIST, 10 epochs", KMNIST.fields | {"precision": name}, 10) for name in ("fp32", "bf16")}
+PRECISION_PAIRS = {
+    name: Setting("KMNIST", PAIR | {"dataset": "kmnist", "precision": name}, 10) for name in ("fp32", "bf16")
+}
 THEORY = Setting("KMNIST, 9 updates", TRAINED | {"dataset": "kmnist", "batch_size": 50, "data_limit": 500}, 1)
 
 
@@ -398,6 +407,45 @@ def exponent(kept: list[Kept], source: tuple[str, str, tuple[str, ...]], what: s
     return dataclasses.replace(figure, what=figure.what.replace(", per doubling of the width", ", widths"))
 
 
+def in_bf16(kept: list[Kept]) -> list[Figure]:
+    """What bf16 changes, seed by seed, at every width that was trained in both."""
+    found = []
+    for rule in PRECISION_RULES:
+        accuracies = {name: _of_rule(setting.values(kept), rule) for name, setting in PRECISIONS.items()}
+        found += less_fp32(accuracies, f"KMNIST, 10 epochs: {RULES[rule].title}, test accuracy, points", MARGIN)
+    for rule in ("align_ada", "align_zero", "fa", "dfa"):
+        angles = {name: _angles(setting, kept, rule) for name, setting in PRECISIONS.items()}
+        what = f"KMNIST, after 10 epochs: angle of {RULES[rule].title} to backprop, mean of layers, degrees"
+        found += less_fp32(angles, what, MARGIN)
+    last = {
+        name: {(w, s): v["last"] for w, row in scores(setting, kept).items() for s, v in row.items()}
+        for name, setting in PRECISION_PAIRS.items()
+    }
+    return found + less_fp32(last, "KMNIST, after 10 epochs: alignment score, mean of layers", SCORE_MARGIN)
+
+
+def less_fp32(values: Mapping[str, Mapping[tuple[int, int], float]], what: str, margin: float) -> list[Figure]:
+    """Figures of what bf16 gives less what fp32 gives. `values`: by precision and (width, seed)."""
+    flat = {(name, *place): value for name, table in values.items() for place, value in table.items()}
+    table = by_width(flat, ("fp32", "bf16"), lambda fp32, bf16: bf16 - fp32)
+    what, range_ = f"{what}: bf16 less fp32", {"lower": -margin, "upper": margin}
+    return [at_width(width, table, what, **range_) for width in table] or [at_widest(table, what, **range_)]
+
+
+def _of_rule(values: Mapping[tuple[str, int, int], float], rule: str) -> dict[tuple[int, int], float]:
+    return {(width, seed): value for (name, width, seed), value in values.items() if name == rule}
+
+
+def _angles(setting: Setting, kept: list[Kept], rule: str) -> dict[tuple[int, int], float]:
+    """The mean over layers of a rule's angle to backprop, by width and seed."""
+    found = {}
+    for one in setting.runs(kept):
+        angles = [d.value for d in read_distances(one.folder, setting.epochs) if d.quantity == ANGLE]
+        if one.run.rule == rule and angles:
+            found[one.run.width, one.run.seed] = statistics.fmean(angles)
+    return found
+
+
 CLAIMS = (
     Claim("Weight changes align, and alignment grows with width", "pairs at two widths or more", align_with_width),
     Claim("Alignment falls with training, and stays above its control", "pairs", falls_with_training),
@@ -411,6 +459,7 @@ CLAIMS = (
     Claim("The Align rules are robust over seeds", "Align-ada, Align-zero", robust),
     Claim("A step of the Align rules costs at most twice one of backprop", "train_cifar.py 7", cost),
     Claim("Changes of activities and weights fall with width as theory says", "train_kmnist.py 3", theory),
+    Claim("bf16 does no harm (not a claim of the paper)", "the same runs in fp32 and bf16, with angles", in_bf16),
 )
 
 

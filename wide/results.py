@@ -28,6 +28,7 @@ KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv")
 DATA = "DATA"  # in commands: the folder of the data
 ALL = "backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror"
 FIVE = "backprop align_ada align_zero fa dfa"
+SIX = "backprop align_ada align_zero fa dfa last_layer"
 THREE = "backprop align_ada align_zero"
 ADD_RULES = "backprop align_ada align_zero last_layer fa align_prop"
 SEEDS = "99 100 101 102 103"
@@ -109,7 +110,26 @@ STUDIES = (
     _study(
         "alignment scores of pairs against width",
         f"kmnist_alignment: alignment_kmnist.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
-        20, dataset="kmnist", rule="pair",
+        20, dataset="kmnist", rule="pair", precision="fp32",
+    ),
+    *(
+        _study(
+            f"accuracy and angles in {precision}, learning rate 5, 10 epochs",
+            f"kmnist_{precision}: train_kmnist.py 1 --rules {SIX} --widths 8 32 --learning-rates 5 --seeds {SEEDS} "
+            f"--epochs 10 --log-alignment --precision {precision} --data-dir {DATA}",
+            10, dataset="kmnist", rule=tuple(SIX.split()), width=(8, 32), learning_rate=5.0,
+            **FULL | {"precision": precision},
+        )
+        for precision in ("fp32", "bf16")
+    ),
+    *(
+        _study(
+            f"alignment scores of pairs in {precision}",
+            f"kmnist_alignment_{precision}: alignment_kmnist.py 2 --widths 8 32 --epochs 10 --seeds {SEEDS} "
+            f"--precision {precision} --data-dir {DATA}",
+            10, dataset="kmnist", rule="pair", width=(8, 32), precision=precision,
+        )
+        for precision in ("fp32", "bf16")
     ),
     _study(
         "accuracy against width, all 45,000 training images, learning rate 5, 10 epochs",
@@ -346,8 +366,8 @@ def page(results: Path, kept: list[Kept]) -> str:
         "## Studies",
         "",
         "Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), on one thread",
-        "beside other work: they say what the studies cost here, not how fast a step is. Runs of two studies count in",
-        "both.",
+        "beside other work, with what it was paused: they say what the studies cost here, not how fast a step is.",
+        "Runs of two studies count in both.",
         "",
         "| study | runs | seeds | epochs | hours | data | machine |",
         "|---|---|---|---|---|---|---|",
