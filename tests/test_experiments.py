@@ -39,6 +39,18 @@ def test_options_override_quick():
     assert {run.batch_size for run in planned("1", "--quick", "--batch-size", "10")} == {10}
 
 
+def test_weight_decay_is_the_rules_own_unless_all_are_given_one():
+    words = ("1", "--rules", "backprop", "kolen_pollack", "--widths", "8", "--learning-rates", "5")
+    for given, decays in (
+        ((), [0, 1e-4]),
+        (("--weight-decay", "0.01"), [0.01, 0.01]),
+        (("--weight-decay", "0"), [0, 0]),
+    ):
+        runs = planned(*words, *given)
+        assert [run.decay for run in runs] == decays
+        assert [run.name.endswith(f"-decay{run.decay:g}") for run in runs] == [decay > 0 for decay in decays]
+
+
 def test_the_number_may_follow_options_of_one_value():
     assert planned("--quick", "--epochs", "2", "6") == planned("6", "--quick")
     assert planned("--quick") == planned("1", "--quick")

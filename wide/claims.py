@@ -85,7 +85,7 @@ class Setting:
 
 ADD = {"dataset": "add", "learning_rate": 0.001, "batch_size": 50}
 KMNIST = Setting("KMNIST", FULL | {"dataset": "kmnist", "learning_rate": 5.0}, 100)
-CIFAR = Setting("CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 10)
+CIFAR = Setting("CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 5)
 ADDS = tuple(
     Setting(f"Add, {variant}", ADD | {"variant": variant}, 200, loss=True) for variant in ("published", "corrected")
 )
@@ -93,7 +93,7 @@ IMAGES = (KMNIST, CIFAR)
 PAIR = {"rule": "pair", "data_limit": None, "precision": "fp32"}
 PAIRS = (
     Setting("KMNIST", PAIR | {"dataset": "kmnist"}, 20),
-    Setting("CIFAR-10", PAIR | {"dataset": "cifar"}, 20),
+    Setting("CIFAR-10", PAIR | {"dataset": "cifar"}, 5),
     Setting("Add, published", {"dataset": "add", "rule": "pair", "variant": "published"}, 40),
 )
 LITTLE = tuple(

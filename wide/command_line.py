@@ -82,7 +82,7 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
             variant=arguments.variant,
             workers=arguments.workers,
         ),
-        step=StepOptions(arguments.batches_per_step, arguments.sync_normalisation),
+        step=StepOptions(arguments.batches_per_step, arguments.sync_normalisation, arguments.weight_decay),
         record=RecordOptions(
             angles=arguments.log_alignment,
             keep=_unrepeated(arguments.keep),
@@ -183,6 +183,8 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add = parser.add_argument
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
+    decay = "of all rules, L2 (default: none, but what a rule has of its own: kolen_pollack 1e-4)"
+    add("--weight-decay", type=non_negative, metavar="D", help=decay)
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
     if subject.variants:
         default = "default %(default)s (docs/differences.md)"
@@ -307,5 +309,6 @@ def number(kind: type, accepted: Callable[[float], bool], description: str) -> C
 
 positive_int = number(int, lambda value: 1 <= value < 2**31, "a positive whole number below 2**31")
 epoch_number = number(int, lambda value: value >= 0, "a whole number of at least 0")
+non_negative = number(float, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
 positive_float = number(float, lambda value: value > 0 and math.isfinite(value), "a positive number")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number between 0 and 2**32 - 1")

@@ -24,15 +24,17 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """How a step is made up, where several processes may train one run.
+    """How a step is made up.
 
     Args:
-        batches: per step, each normalised by itself; None for one per process.
+        decay: of weights, L2 as torch's optimisers take it; None for the rule's own.
+        batches: per step, each normalised by itself; None for one per process that trains the run.
         synchronised: a step is one batch, whose parts lie in the processes.
     """
 
     batches: int | None = None
     synchronised: bool = False
+    decay: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

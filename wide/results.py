@@ -20,6 +20,7 @@ import torch
 from wide import UserError
 from wide.devices import device_name
 from wide.files import replace_text, writing
+from wide.rules import RULES
 from wide.runs import FINISHED, Run, RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,8 @@ SEEDS = "99 100 101 102 103"
 
 
 def matches(run: Run, fields: Mapping[str, object]) -> bool:
-    """Whether a run has these fields; a tuple gives several values."""
+    """Whether a run has these fields; a tuple gives several values. Its decay is the rule's own, if none is given."""
+    fields = {"decay": RULES[run.rule].settings.get("decay", 0.0)} | dict(fields)
     return all(
         getattr(run, name) in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items()
     )
@@ -83,24 +85,31 @@ def _study(title: str, command: str, epochs: int, **fields) -> Study:
 TRAINED = {"network": "cnn", "parameterisation": "ntk", "optimizer": "sgd", "timed_on": None}
 TIMED = {"network": "cnn", "data_limit": 1000, "batch_size": 100, "learning_rate": 5.0, "seed": (100, 101, 102)}
 FULL = TRAINED | {"batch_size": 100, "data_limit": None, "precision": "fp32"}
-RULES = tuple(ALL.split())  # of training scripts: all but pairs
+TRAINING_RULES = tuple(ALL.split())  # all but pairs
 
 STUDIES = (
     _study(
-        "accuracy against width, learning rates 5, 2, 1, seed 99",
+        "accuracy against width, learning rates 5, 2, 1, seed 99 (Kolen-Pollack alone has weight decay)",
         f"kmnist_width: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 128 --data-dir {DATA}",
-        100, dataset="kmnist", rule=RULES, seed=99, learning_rate=(5.0, 2.0, 1.0), **FULL,
+        100, dataset="kmnist", rule=TRAINING_RULES, seed=99, learning_rate=(5.0, 2.0, 1.0), **FULL,
     ),
     _study(
         "accuracy against width over seeds, learning rate 5",
         f"kmnist_seeds: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 --learning-rates 5 --seeds {SEEDS} "
         f"--data-dir {DATA}",
-        100, dataset="kmnist", rule=RULES, learning_rate=5.0, width=(8, 16, 32, 64), **FULL,
+        100, dataset="kmnist", rule=TRAINING_RULES, learning_rate=5.0, width=(8, 16, 32, 64), **FULL,
+    ),
+    _study(
+        "accuracy at equal weight decay, learning rate 5, seed 99",
+        "kmnist_decay: train_kmnist.py 1 --rules backprop align_ada kolen_pollack --widths 8 --learning-rates 5 "
+        f"--weight-decay 0.0001 --data-dir {DATA}",
+        100, dataset="kmnist", rule=("backprop", "align_ada", "kolen_pollack"), seed=99, learning_rate=5.0, width=8,
+        decay=1e-4, **FULL,
     ),
     _study(
         "accuracy against learning rate",
         f"kmnist_learning_rates: train_kmnist.py 2 --widths 8 64 --data-dir {DATA}",
-        100, dataset="kmnist", seed=99, learning_rate=(0.05, 0.1, 0.2, 0.5, 10.0, 20.0), **FULL,
+        100, dataset="kmnist", rule=tuple(SIX.split()), seed=99, width=(8, 64), **FULL,
     ),
     _study(
         "distance from theory against width, after 9 updates",
@@ -132,10 +141,10 @@ STUDIES = (
         for precision in ("fp32", "bf16")
     ),
     _study(
-        "accuracy against width, all 45,000 training images, learning rate 5, 10 epochs",
+        "accuracy against width, all 45,000 training images, learning rate 5, 5 epochs",
         f"cifar_width: train_cifar.py 1 --rules {FIVE} last_layer align_prop --widths 8 16 32 64 --learning-rates 5 "
-        f"--epochs 10 --evaluate-every 10 --seeds 99 100 101 --data-dir {DATA}",
-        10, dataset="cifar", rule=RULES, **FULL,
+        f"--epochs 5 --evaluate-every 5 --seeds 99 100 101 --data-dir {DATA}",
+        5, dataset="cifar", rule=TRAINING_RULES, **FULL,
     ),
     _study(
         "accuracy against number of training images",
@@ -162,9 +171,9 @@ STUDIES = (
         1, dataset="cifar", **TIMED,
     ),
     _study(
-        "alignment scores of pairs against width, 20 epochs",
-        f"cifar_alignment: alignment_cifar.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
-        20, dataset="cifar", rule="pair",
+        "alignment scores of pairs against width, 5 epochs",
+        f"cifar_alignment: alignment_cifar.py 2 --widths 8 16 32 --epochs 5 --seeds 99 100 101 --data-dir {DATA}",
+        5, dataset="cifar", rule="pair",
     ),
     *(
         _study(

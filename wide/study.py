@@ -164,6 +164,9 @@ class Study:
             raise UserError(f"--rules {rule}: {reason}")
         limit = None if limit and limit >= self.subject.examples else limit  # the same run as with all images
         size = grid.batch_size or self.subject.batch_size
+        settings = dict(RULES[rule].settings)
+        if self.options.step.decay is not None:
+            settings["decay"] = self.options.step.decay
         size, batches = batches_of_a_step(self.options.step, size, self.processes.count)
         return Run(
             dataset=self.subject.dataset,
@@ -180,5 +183,5 @@ class Study:
             variant=self.options.data.variant,
             precision=self.machine.precision,
             timed_on=device_name(self.machine.device) if grid.timed else None,
-            **RULES[rule].settings,
+            **settings,
         )

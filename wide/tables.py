@@ -263,11 +263,13 @@ def settings_text(runs: list[Run]) -> str:
         "batches": "{} batches per step",
         "data_limit": "first {} images",
         "seed": "seed {}",
+        "decay": "weight decay {:g}",
         "precision": "{}",
     }
     common = {name: values.pop() for name in texts if len(values := {getattr(run, name) for run in runs}) == 1}
-    if common.get("batches") == 1:
-        del common["batches"]
+    for name, usual in (("batches", 1), ("decay", 0)):
+        if common.get(name) == usual:
+            del common[name]
     return ", ".join(texts[name].format(value) for name, value in common.items() if value is not None)
 
 
