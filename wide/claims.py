@@ -549,7 +549,9 @@ def headline(kept: list[Kept]) -> dict[str, dict[str, dict[int, list[float]]]]:
 
 
 def draw_headline(file: BinaryIO, kept: list[Kept]) -> None:
-    figures().draw_accuracies(file, "Test accuracy against width, learning rate 5", headline(kept))
+    found = headline(kept)
+    curves = {title: table for title, table in found.items() if len({w for row in table.values() for w in row}) > 1}
+    figures().draw_accuracies(file, "Test accuracy against width, learning rate 5", curves or found)
 
 
 def headline_table(kept: list[Kept]) -> str:
