@@ -14,6 +14,8 @@ python3 train_kmnist.py 1 --rules backprop align_ada align_zero fa dfa last_laye
 python3 alignment_kmnist.py 2 --widths 8 32 --epochs 10 --seeds 99 100 101 102 103 --precision fp32 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 alignment_kmnist.py 2 --widths 8 32 --epochs 10 --seeds 99 100 101 102 103 --precision bf16 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_cifar.py 1 --rules backprop align_ada align_zero fa dfa last_layer align_prop --widths 8 16 32 64 --learning-rates 5 --epochs 5 --evaluate-every 5 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_cifar.py 5 --widths 8 16 32 --learning-rates 5 --epochs 5 --evaluate-every 5 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_cifar.py 6 --widths 8 --learning-rates 5 --epochs 5 --evaluate-every 5 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_cifar.py 4 --rules backprop align_ada align_zero fa dfa --widths 8 16 --learning-rates 5 2 1 --data-limits 45 150 450 1500 --evaluate-every 150 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_cifar.py 1 --rules backprop align_ada align_zero --widths 8 16 --data-limits 4500 --epochs 10 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_cifar.py 3 --widths 8 16 --learning-rates 0.0005 0.001 0.002 0.005 0.01 --data-limits 4500 --epochs 10 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"

@@ -185,3 +185,24 @@ def test_curves_over_seeds_that_were_evaluated_at_other_epochs(tmp_path):
         rarely = dataclasses.replace(other, history=other.history | {"epoch": epochs})
         figure = KINDS["curves"](make_table(view, [one, rarely], metrics), {}, 45000)
         assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [common]
+
+
+def test_bars_of_a_gap_are_the_spread_of_each_seeds_own_gap():
+    view, metrics = VIEWS["gap"]
+    values = {"backprop": (0.5, 0.7), "fa": (0.3, 0.6)}  # 20 and 10 points apart
+    grid = [
+        summary(rule, seed=seed, limit=n, test=value)
+        for rule, both in values.items()
+        for seed, value in enumerate(both)
+        for n in (45, 450)
+    ]
+    lines, gaps = KINDS["gap"](make_table(view, grid, metrics), {}, 45000).axes
+
+    def bars(panel):
+        return [segment[1, 1] - segment[0, 1] for bars in panel.collections for segment in bars.get_segments()]
+
+    deviations = [statistics.stdev(both) for both in values.values()]
+    assert bars(lines) == pytest.approx([2 * 100 * deviation for deviation in deviations for _ in (45, 450)])
+    assert bars(gaps) == pytest.approx([2 * statistics.stdev((20, 10))] * 2)
+    shown = [line for line in gaps.lines if line.get_label() == RULES["fa"].title]
+    assert [list(line.get_ydata()) for line in shown] == [pytest.approx([15, 15])]

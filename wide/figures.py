@@ -7,9 +7,11 @@ Figures are matplotlib's objects, without pyplot: whatever backend a notebook or
 """
 
 import math
+import operator
 import statistics
 import textwrap
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import BinaryIO
 
 import matplotlib
@@ -156,10 +158,9 @@ def timing(table: Table, references, examples: int):
         pair[0].yaxis.set_major_formatter("{x:g}")
         pair[0].yaxis.set_minor_formatter(NullFormatter())
         pair[0].set_ylabel(table.metrics.label(_drawn(table)))
+        places = _positions(table, examples)
         for rule, cells in rows.items():
-            both = zip(cells, rows.get(reference, cells), strict=True)
-            ratios = [_mean(a, table) / _mean(b, table) if a.values and b.values else None for a, b in both]
-            _line(pair[1], rule, _positions(table, examples), ratios)
+            _draw_compared(pair[1], table, (rule, cells, rows.get(reference, cells)), operator.truediv, places)
         pair[1].set_ylabel(f"time, in multiples of {RULES[reference].title}'s")
         pair[1].set_ylim(bottom=0)
         for panel in pair:
@@ -182,7 +183,8 @@ def _panels(count: int, sharey: bool = False):
 
 
 def _save(figure, title: str, file: BinaryIO) -> None:
-    figure.suptitle(title, fontsize=11)
+    letters = int(11 * figure.get_figwidth())  # of a line of this size, a little fewer than there is room for
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in title.split("\n")), fontsize=11)
     figure.savefig(file, format="png", dpi=150)
 
 
@@ -191,21 +193,40 @@ def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: i
     for number, (rule, cells) in enumerate(rows.items()):
         means = [_mean(cell, table) for cell in cells]
         spread = [_scaled(table, cell.deviation(metric)) if len(cell.values) > 1 else 0 for cell in cells]
-        _line(panel, rule, positions, means, spread)
+        _line(panel, rule, _beside(positions, number / len(rows), positions), means, spread)
         _mark_diverged(panel, rule, positions, cells, aside=_aside(number, len(rows)))
 
 
 def _draw_gaps(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:
-    for rule, cells in rows.items():
-        both = zip(cells, rows.get("backprop", cells), strict=True)
-        gaps = [_mean(b, table) - _mean(a, table) if a.values and b.values else None for a, b in both]
-        _line(panel, rule, _positions(table, examples), gaps)
+    positions = _positions(table, examples)
+    for number, (rule, cells) in enumerate(rows.items()):
+        compared = (rule, cells, rows.get("backprop", cells))
+        places = _beside(positions, number / len(rows), positions)
+        _draw_compared(panel, table, compared, lambda value, reference: reference - value, places)
+
+
+def _draw_compared(panel, table: Table, rows: tuple[str, list[Cell], list[Cell]], how: Callable, places: list) -> None:
+    """A rule's values compared with those of a reference, and the spread of what the runs' own comparisons give.
+
+    Args:
+        rows: rule, its cells, the reference's.
+        how: f(value, value of the reference).
+    """
+    rule, cells, references = rows
+    means, spread = [], []
+    for cell, reference in zip(cells, references, strict=True):
+        there = cell.values and reference.values
+        means.append(how(_mean(cell, table), _mean(reference, table)) if there else None)
+        # A cell with values has all runs, in the grid's order: those at the same place have the same seed.
+        pairs = [(_value(a, table), _value(b, table)) for a, b in zip(cell.values, reference.values, strict=False)]
+        spread.append(statistics.stdev(how(*pair) for pair in pairs) if len(pairs) > 1 else 0)
+    _line(panel, rule, places, means, spread)
 
 
 def _draw_seeds(panel, x: int, rule: str, cell: Cell, table: Table) -> None:
     if not cell.values:
         return
-    points = [_scaled(table, value[_drawn(table)]) for value in cell.values]
+    points = [_value(metrics, table) for metrics in cell.values]
     spec = RULES[rule]
     spread = [0.3 * (k - (len(points) - 1) / 2) / max(len(points) - 1, 1) for k in range(len(points))]
     panel.plot([x + dx for dx in spread], points, spec.marker, color=spec.color, markersize=5)
@@ -241,6 +262,17 @@ def _line(panel, rule: str, positions: list[float], values: list, spread: list |
         panel.errorbar(x, y, bars, fmt="none", ecolor=RULES[rule].color, elinewidth=1, capsize=3)
 
 
+def _beside(positions: Sequence[float], share: float, axis: Sequence[float]) -> list[float]:
+    """Positions moved a little, so that the bars of several rules can be told apart.
+
+    Args:
+        share: the rule's place among the rules, from 0 to 1.
+        axis: all positions of the logarithmic axis.
+    """
+    span = axis[-1] / axis[0] if len(axis) > 1 else 4
+    return [x * span ** (0.04 * (share - 0.5)) for x in positions]
+
+
 def _positions(table: Table, examples: int) -> list[float]:
     return [examples if column is None else column for column in table.columns]
 
@@ -251,6 +283,10 @@ def _drawn(table: Table) -> str:
 
 def _mean(cell: Cell, table: Table) -> float | None:
     return _scaled(table, cell.mean(_drawn(table))) if cell.values else None
+
+
+def _value(metrics: Mapping[str, float], table: Table) -> float:
+    return _scaled(table, metrics[_drawn(table)])
 
 
 def _scaled(table: Table, value: float) -> float:
@@ -314,7 +350,9 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
         _plain(panel)
     panels[0].set_ylabel("alignment score")
     _legend(figure)
-    _save(figure, title, file)
+    places = [(name, score.layer, getattr(score, against)) for name, scores in sections.items() for score in scores]
+    counts = set(Counter(places).values())
+    _save(figure, title + (f"\n({_bars(counts)} seeds)" if max(counts) > 1 else ""), file)
 
 
 def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
@@ -400,8 +438,7 @@ def draw_accuracies(file: BinaryIO, title: str, tables: Mapping[str, Mapping[str
             means = [statistics.fmean(row[width]) for width in places]
             spread = [statistics.stdev(row[width]) if len(row[width]) > 1 else 0.0 for width in places]
             counts |= {len(row[width]) for width in places}
-            beside = [width * 1.008 ** (number - len(rows) / 2) for width in places]  # so that bars can be told apart
-            _line(panel, rule, beside, means, spread)
+            _line(panel, rule, _beside(places, number / len(rows), widths), means, spread)
         panel.set_xscale("log")
         panel.set_xticks(widths, [str(width) for width in widths])
         panel.xaxis.set_minor_locator(NullLocator())

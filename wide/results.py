@@ -144,7 +144,18 @@ STUDIES = (
         "accuracy against width, all 45,000 training images, learning rate 5, 5 epochs",
         f"cifar_width: train_cifar.py 1 --rules {FIVE} last_layer align_prop --widths 8 16 32 64 --learning-rates 5 "
         f"--epochs 5 --evaluate-every 5 --seeds 99 100 101 --data-dir {DATA}",
-        5, dataset="cifar", rule=TRAINING_RULES, **FULL,
+        5, dataset="cifar", rule=TRAINING_RULES, seed=(99, 100, 101), **FULL,
+    ),
+    _study(
+        "accuracy of Align-prop against width beside the other rules, learning rate 5, 5 epochs (runs of cifar_width)",
+        "cifar_align_prop: train_cifar.py 5 --widths 8 16 32 --learning-rates 5 --epochs 5 --evaluate-every 5 "
+        f"--seeds 99 100 101 --data-dir {DATA}",
+        5, dataset="cifar", rule=(*SIX.split(), "align_prop"), seed=(99, 100, 101), **FULL,
+    ),
+    _study(
+        "accuracy over seeds, learning rate 5, 5 epochs",
+        f"cifar_seeds: train_cifar.py 6 --widths 8 --learning-rates 5 --epochs 5 --evaluate-every 5 --data-dir {DATA}",
+        5, dataset="cifar", rule=tuple(FIVE.split()), width=8, seed=(100, 101, 102, 103, 104), **FULL,
     ),
     _study(
         "accuracy against number of training images",
@@ -202,6 +213,7 @@ DATASETS = {
 # Runs whose checkpoints are kept, so that --evaluate can measure them anew.
 HEADLINE = (
     {"dataset": "kmnist", "learning_rate": 5.0, "seed": 99, "width": (16, 64), "batch_size": 100},
+    {"dataset": "cifar", "learning_rate": 5.0, "seed": 99, "width": 16, "batch_size": 100, "data_limit": None},
     {"dataset": "add", "seed": 99, "width": (64,), "rule": ("backprop", "align_ada", "align_zero")},
 )
 
