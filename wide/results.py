@@ -100,6 +100,13 @@ STUDIES = (
         100, dataset="kmnist", rule=TRAINING_RULES, learning_rate=5.0, width=(8, 16, 32, 64), **FULL,
     ),
     _study(
+        "accuracy against width after 20 epochs, learning rate 5",
+        f"kmnist_early: train_kmnist.py 1 --rules {THREE} --widths 8 16 32 64 --learning-rates 5 --epochs 20 "
+        f"--seeds 99 100 101 --data-dir {DATA}",
+        20, dataset="kmnist", rule=tuple(THREE.split()), learning_rate=5.0, width=(8, 16, 32, 64),
+        seed=(99, 100, 101), **FULL,
+    ),
+    _study(
         "accuracy at equal weight decay, learning rate 5, seed 99",
         "kmnist_decay: train_kmnist.py 1 --rules backprop align_ada kolen_pollack --widths 8 --learning-rates 5 "
         f"--weight-decay 0.0001 --data-dir {DATA}",
@@ -118,7 +125,7 @@ STUDIES = (
     ),
     _study(
         "alignment scores of pairs against width",
-        f"kmnist_alignment: alignment_kmnist.py 2 --widths 8 16 32 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
+        f"kmnist_alignment: alignment_kmnist.py 2 --widths 8 16 32 64 --epochs 20 --seeds 99 100 101 --data-dir {DATA}",
         20, dataset="kmnist", rule="pair", precision="fp32",
     ),
     *(
@@ -145,6 +152,12 @@ STUDIES = (
         f"cifar_width: train_cifar.py 1 --rules {FIVE} last_layer align_prop --widths 8 16 32 64 --learning-rates 5 "
         f"--epochs 5 --evaluate-every 5 --seeds 99 100 101 --data-dir {DATA}",
         5, dataset="cifar", rule=TRAINING_RULES, seed=(99, 100, 101), **FULL,
+    ),
+    _study(
+        "accuracy against width after 600 updates (3,000 training images, batch 50, 10 epochs), learning rate 5",
+        f"cifar_early: train_cifar.py 1 --rules {THREE} --widths 8 16 32 64 --learning-rates 5 --data-limits 3000 "
+        f"--batch-size 50 --epochs 10 --evaluate-every 10 --seeds 99 100 101 --data-dir {DATA}",
+        10, dataset="cifar", rule=tuple(THREE.split()), **FULL | {"batch_size": 50, "data_limit": 3000},
     ),
     _study(
         "accuracy of Align-prop against width beside the other rules, learning rate 5, 5 epochs (runs of cifar_width)",
@@ -197,7 +210,7 @@ STUDIES = (
     ),
     _study(
         "alignment scores of pairs against width",
-        "add_alignment: alignment_add.py 2 --widths 16 64 256 --epochs 40 --seeds 99 100 101",
+        "add_alignment: alignment_add.py 2 --widths 16 64 256 1024 --epochs 40 --seeds 99 100 101",
         40, dataset="add", rule="pair",
     ),
 )  # fmt: skip
