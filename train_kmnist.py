@@ -1,7 +1,8 @@
 """What the paper trained on KMNIST: networks of three convolutional blocks (strides 1, 2, 2) at widths 8 to 512.
 
 SGD, batch 100, 100 epochs. The table gives validation / test accuracy after the last epoch, at the learning rate with
-the best validation accuracy; the validation split is the first 5000 training images.
+the best validation accuracy; the validation split is the first 5000 training images, or a third of them where
+there are fewer than 15000 (setup_kmnist.py --split-test-images).
 """
 
 import sys

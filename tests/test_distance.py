@@ -1,6 +1,7 @@
 """changes.csv, and the experiment that shows distance from theory against width."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_slopes_are_of_logarithms():
     distances = [Distance("align_ada", w, s, WEIGHT, "blocks.1", (1 + s) * 3 / w) for w in (8, 16, 64) for s in (0, 1)]
     line = make_lines(distances)[WEIGHT, "blocks.1", "align_ada"]
     assert line.slope == pytest.approx(-1)
-    assert line.means == pytest.approx((4.5 / 8, 4.5 / 16, 4.5 / 64))
+    assert line.means == pytest.approx([18**0.5 / width for width in (8, 16, 64)])
+    assert line.deviations == pytest.approx([math.exp(math.log(2) / math.sqrt(2))] * 3)
     assert line.counts == (2, 2, 2)
     assert predicted_slope(WEIGHT, "blocks.1", ("blocks.0", "blocks.1", "readout")) == -1
     assert predicted_slope(WEIGHT, "blocks.0", ("blocks.0", "blocks.1", "readout")) == -0.5

@@ -279,6 +279,21 @@ def test_other_data_under_the_same_outputs(kmnist, tmp_path):
     assert "use another --outputs" in done.stderr
 
 
+def test_runs_kept_without_a_checkpoint_are_left_alone(kmnist, tmp_path):
+    """As those in results/ are; the others of the grid are trained."""
+    assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop")).returncode == 0
+    (checkpoint,) = tmp_path.glob("kmnist/*/checkpoint.pt")
+    checkpoint.unlink()
+    before = {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()}
+    options = tiny(kmnist, tmp_path, "--rules", "backprop", "last_layer", "--epochs", 3)
+    done = script("train_kmnist.py", 1, *options)
+    assert done.returncode == 1
+    assert "without checkpoint.pt" in done.stderr
+    assert "use another --outputs" in done.stderr
+    assert {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()} == before
+    assert "last_layer" in done.stdout
+
+
 def test_a_table_does_not_mix_data(kmnist, tmp_path):
     """Width 4 is done on other data; training width 6 beside it is refused."""
     assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop")).returncode == 0

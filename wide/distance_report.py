@@ -60,7 +60,10 @@ class Distance:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Of one rule, quantity and layer: the mean and standard deviation over seeds at every width."""
+    """Of one rule, quantity and layer: the geometric mean over seeds at every width.
+
+    `deviations` are factors, the exponentials of the logarithms' standard deviations; 1 for one seed.
+    """
 
     widths: tuple[int, ...]
     means: tuple[float, ...]
@@ -122,8 +125,8 @@ def _line(by_width: dict[int, list[float]]) -> Line:
     groups = list(by_width.values())
     return Line(
         widths=tuple(by_width),
-        means=tuple(statistics.fmean(group) for group in groups),
-        deviations=tuple(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups),
+        means=tuple(statistics.geometric_mean(group) for group in groups),
+        deviations=tuple(math.exp(statistics.stdev(map(math.log, g))) if len(g) > 1 else 1.0 for g in groups),
         counts=tuple(len(group) for group in groups),
     )
 
@@ -173,8 +176,9 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") 
     counts = sorted({count for line in lines.values() for count in line.counts})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     legend = (
-        f"Mean over n = {seeds} seeds per width, before the last update; slope: of log(mean) against log(width), by "
-        f"least squares; theory: see wide/distance_report.py; {settings_text(study.runs)}; {data_text(study.folders)}."
+        f"Geometric mean over n = {seeds} seeds per width, before the last update; slope: of log(mean) against "
+        f"log(width), by least squares; theory: see wide/distance_report.py; {settings_text(study.runs)}; "
+        f"{data_text(study.folders)}."
     )
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():

@@ -397,8 +397,12 @@ def draw_distances(file: BinaryIO, title: str, lines: Mapping, layers: tuple[str
         panel.set_xlabel("width")
     _legend(figure)
     counts = {count for line in lines.values() for count in line.counts}
-    bars = f"{_bars(counts)} seeds" if max(counts) > 1 else "one seed"
-    _save(figure, f"{title}\n({bars}; in the panels: fitted slopes)", file)
+    bars = (
+        f"bars: standard deviation of the logarithm over n = {_range(counts)} seeds" if max(counts) > 1 else "one seed"
+    )
+    _save(
+        figure, f"{title}\n({bars}; in the panels: fitted slopes; dotted: slope of theory, of smooth activations)", file
+    )
 
 
 def _draw_distance(panel, lines: Mapping, theory: float) -> None:
@@ -407,7 +411,9 @@ def _draw_distance(panel, lines: Mapping, theory: float) -> None:
         spec = RULES[rule]
         panel.plot(line.widths, line.means, label=spec.title, markersize=4, **spec.style)
         bars = {"fmt": "none", "ecolor": spec.color, "elinewidth": 1, "capsize": 2}
-        panel.errorbar(line.widths, line.means, line.deviations, **bars)
+        below = [mean - mean / factor for mean, factor in zip(line.means, line.deviations, strict=True)]
+        above = [mean * factor - mean for mean, factor in zip(line.means, line.deviations, strict=True)]
+        panel.errorbar(line.widths, line.means, [below, above], **bars)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xticks(widths, [str(width) for width in widths])
@@ -417,7 +423,8 @@ def _draw_distance(panel, lines: Mapping, theory: float) -> None:
     through = [top * 1.3 * (width / widths[0]) ** theory for width in widths]
     of_theory = {"color": GREY, "linestyle": (0, (1, 1)), "linewidth": 2, "label": "slope of theory"}
     panel.plot(widths, through, **of_theory)
-    panel.text(widths[-1], through[-1], f"{theory:g}", color=GREY, fontsize=8, va="bottom", ha="right")
+    above = {"xytext": (0, 5), "textcoords": "offset points", "color": GREY, "fontsize": 8, "ha": "right"}
+    panel.annotate(f"{theory:g}", (widths[-1], through[-1]), **above)
     box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
     slopes = [f"{RULES[rule].title} {line.slope:.2f}" for rule, line in lines.items() if line.slope is not None]
     panel.text(0.03, 0.03, "\n".join(slopes), transform=panel.transAxes, fontsize=6.5, va="bottom", bbox=box)

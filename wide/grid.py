@@ -162,6 +162,10 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress |
     """Train one run; an error is part of the outcome, and its traceback of the run's folder."""
     name = folder.run.name
     try:
+        folder.require_checkpoint()
+    except UserError as error:  # nothing is written into what was kept
+        return Outcome(f"{name}: failed: {error}", str(error))
+    try:
         if study.experiment.timed:
             warm_up(task, folder.run)
         if progress:

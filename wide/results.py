@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -89,15 +89,16 @@ TRAINING_RULES = tuple(ALL.split())  # all but pairs
 
 STUDIES = (
     _study(
-        "accuracy against width, learning rates 5, 2, 1, seed 99 (Kolen-Pollack alone has weight decay)",
+        "accuracy against width, seed 99 (Kolen-Pollack alone has weight decay)",
         f"kmnist_width: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 128 --data-dir {DATA}",
         100, dataset="kmnist", rule=TRAINING_RULES, seed=99, learning_rate=(5.0, 2.0, 1.0), **FULL,
     ),
     _study(
         "accuracy against width over seeds, learning rate 5",
-        f"kmnist_seeds: train_kmnist.py 1 --rules {ALL} --widths 8 16 32 64 --learning-rates 5 --seeds {SEEDS} "
-        f"--data-dir {DATA}",
-        100, dataset="kmnist", rule=TRAINING_RULES, learning_rate=5.0, width=(8, 16, 32, 64), **FULL,
+        f"kmnist_seeds: train_kmnist.py 1 --rules {SIX} align_prop --widths 8 16 32 --learning-rates 5 "
+        f"--seeds 99 100 101 --data-dir {DATA}",
+        100, dataset="kmnist", rule=(*SIX.split(), "align_prop"), learning_rate=5.0, width=(8, 16, 32),
+        seed=(99, 100, 101), **FULL,
     ),
     _study(
         "accuracy against width after 20 epochs, learning rate 5",
@@ -353,8 +354,8 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
 
 
 def _present(words: list[str], found: list[Kept]) -> list[str]:
-    """Options with the values alone for which there are runs."""
-    there = {
+    """Options with the values alone for which there are runs, and those that the command leaves at their defaults."""
+    there: dict[str, Collection] = {
         "--widths": {one.run.width for one in found},
         "--seeds": {one.run.seed for one in found},
         "--rules": {one.run.rule for one in found},
@@ -366,6 +367,9 @@ def _present(words: list[str], found: list[Kept]) -> list[str]:
         option = word if word.startswith("--") else option
         if word == option or option not in there or word in {str(value) for value in there[option]}:
             kept.append(word)
+    for option in ("--learning-rates", "--seeds"):
+        if option not in words:
+            kept += [option, *map(str, sorted(there[option]))]
     return kept
 
 
@@ -373,10 +377,10 @@ def commands(results: str = "results") -> str:
     """A shell script that trains, resumably, what is missing of all studies."""
     lines = [
         "#!/bin/sh",
-        "# All studies; what is done is not trained again. Made by collect_results.py.",
+        "# All studies; what OUTPUTS has is not trained again. Made by collect_results.py.",
         "# usage: sh results/studies.sh DATA [OUTPUTS]   (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
+        "# To train only what results/ lacks: cp -r results/add results/cifar results/kmnist OUTPUTS   first.",
         "DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}",
-        "set -e",
     ]
     lines += [study.command.replace(f" {DATA}", ' "$DATA"') + ' --outputs "$OUTPUTS"' for study in STUDIES]
     return "\n".join([*lines, ""])
@@ -389,9 +393,9 @@ def page(results: Path, kept: list[Kept]) -> str:
         "",
         "Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).",
         "Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of",
-        "headline runs. `python3 <script> <number> <options> --outputs results` prints a study's table and trains",
-        "nothing that is here; with `--evaluate` it measures what has a checkpoint anew. `sh results/studies.sh DATA`",
-        "trains everything again, resumably.",
+        "headline runs, and so cannot be trained further. `python3 <script> <number> <options> --outputs results",
+        "--report` prints a study's table of what is here and trains nothing; `--evaluate` measures what has a",
+        "checkpoint anew. `sh results/studies.sh DATA` trains everything again, resumably.",
         "",
         "## Data",
         "",

@@ -254,6 +254,15 @@ class RunFolder:
         if config and (was := differences(self.identity(fingerprint), config["run"])):
             raise self.foreign(self.path, was)
 
+    def require_checkpoint(self) -> None:
+        """Raise UserError for a run that was kept without what it would go on from (results/)."""
+        epochs, _ = self.progress()
+        if epochs and not self.checkpoint_path.exists():
+            raise UserError(
+                f"{self.path} was kept for its {epochs} epochs, without checkpoint.pt, and cannot go on; use another "
+                "--outputs folder, or --report for what is there; or delete it to train that run anew"
+            )
+
     def identity(self, fingerprint: str) -> dict:
         return {**self.run.settings(), "data": fingerprint}
 
@@ -347,8 +356,7 @@ class RunFolder:
                 agree with metrics.csv, or is gone although epochs were trained.
         """
         if not self.checkpoint_path.exists():
-            if self.rows():
-                raise self.damaged(self.checkpoint_path, FileNotFoundError("it is missing, so the run cannot go on"))
+            self.require_checkpoint()
             return None
         try:
             checkpoint = read_sealed(self.checkpoint_path, device)

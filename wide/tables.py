@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from wide import UserError
 from wide.runs import FINISHED, Run, RunFolder
@@ -159,13 +159,14 @@ class Cell:
     """One place of a table: runs that differ in averaged axes only, at the best of the axes that are chosen over.
 
     `values` has the metrics of each run, `histories` those of each epoch; they are empty where no run came through.
-    `chosen` are the axes' best values.
+    `chosen` are the axes' best values; `untrained` says how many others have not been trained to the end.
     """
 
     values: tuple[Mapping[str, float], ...]
     chosen: Mapping[str, object]
     status: str
     histories: tuple[Mapping[str, tuple[float, ...]], ...] = ()
+    untrained: int = 0
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(value[metric] for value in self.values)
@@ -180,12 +181,14 @@ def make_cell(summaries: list[Summary], view: View, metrics: Metrics) -> Cell:
     candidates = defaultdict(list)
     for summary in summaries:
         candidates[tuple(getattr(summary.run, axis) for axis in view.best_over)].append(summary)
+    untrained = sum(any(summary.status not in FINISHED for summary in group) for group in candidates.values())
     through = [
         Cell(
             tuple(s.shown(metrics) for s in group),
             dict(zip(view.best_over, key, strict=True)),
             "done",
             tuple(s.history for s in group),
+            untrained,
         )
         for key, group in candidates.items()
         if all(summary.status == "done" for summary in group)
@@ -221,6 +224,7 @@ class Table:
             spread = f" ± {self.metrics.text(cell.deviation(metric))}" if several else ""
             parts.append(self.metrics.text(cell.mean(metric)) + spread)
         notes = [axis_text(axis, cell.chosen[axis]) for axis in self.choices]
+        notes += [f"{cell.untrained} more not trained"] if self.choices and cell.untrained else []
         notes += [f"n={len(cell.values)}"] if several else []
         if reference is not None and reference.values:
             notes.insert(0, f"{cell.mean(self.metrics.choice) / reference.mean(self.metrics.choice):.2f}x")
@@ -243,6 +247,8 @@ def make_table(view: View, summaries: list[Summary], metrics: Metrics) -> Table:
         for section, rows in grouped.items()
     }
     choices = tuple(axis for axis in view.best_over if len(values(axis)) > 1)
+    varied = tuple(axis for axis in view.averaged if len(values(axis)) > 1)
+    view = dataclasses.replace(view, averaged=varied or view.averaged)
     return Table(view, metrics, columns, sections, choices)
 
 
@@ -252,8 +258,8 @@ def data_text(folders: list[RunFolder]) -> str:
     return f"data {', '.join(sorted(found)) or '-'}"
 
 
-def settings_text(runs: list[Run]) -> str:
-    """What all these runs have in common."""
+def settings_text(runs: list[Run], names: Collection[str] | None = None) -> str:
+    """What all these runs have in common, of all settings or those named."""
     texts = {
         "network": "network {}",
         "variant": "{} variant",
@@ -266,7 +272,8 @@ def settings_text(runs: list[Run]) -> str:
         "decay": "weight decay {:g}",
         "precision": "{}",
     }
-    common = {name: values.pop() for name in texts if len(values := {getattr(run, name) for run in runs}) == 1}
+    names = texts if names is None else [name for name in texts if name in names]
+    common = {name: values.pop() for name in names if len(values := {getattr(run, name) for run in runs}) == 1}
     for name, usual in (("batches", 1), ("decay", 0)):
         if common.get(name) == usual:
             del common[name]
