@@ -341,7 +341,7 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         if DATA in words:
             place = words.index(DATA)
             del words[place - 1 : place + 1]  # nothing is read
-        words = _present(words, found)
+        words = _present(study, words, found)
         line = [sys.executable, str(ROOT / study.script), str(study.number), *words, "--report", "--device", "cpu"]
         done = subprocess.run([*line, "--outputs", str(results)], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
@@ -353,7 +353,7 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
                     os.replace(source, results / "reports" / (study.name + suffix))
 
 
-def _present(words: list[str], found: list[Kept]) -> list[str]:
+def _present(study: Study, words: list[str], found: list[Kept]) -> list[str]:
     """Options with the values alone for which there are runs, and those that the command leaves at their defaults."""
     there: dict[str, Collection] = {
         "--widths": {one.run.width for one in found},
@@ -367,7 +367,8 @@ def _present(words: list[str], found: list[Kept]) -> list[str]:
         option = word if word.startswith("--") else option
         if word == option or option not in there or word in {str(value) for value in there[option]}:
             kept.append(word)
-    for option in ("--learning-rates", "--seeds"):
+    asked = ("--seeds",) if study.script.startswith("alignment") else ("--seeds", "--learning-rates")
+    for option in asked:
         if option not in words:
             kept += [option, *map(str, sorted(there[option]))]
     return kept
