@@ -46,8 +46,8 @@ class TableReport:
         beside = self.beside(study, summaries, metrics)
         table = make_table(study.experiment.view, [*summaries, *beside], metrics)
         references = study.subject.references(study.options.data)
-        runs = [summary.run for summary in summaries]
-        title = study.title + unusual_text(runs)
+        title = study.title + unusual_text([summary.run for summary in summaries])
+        runs = [summary.run for summary in (*summaries, *beside)]
         settings = settings_text(runs, ("optimizer", "learning_rate", "data_limit", "seed", "decay"))
         drawn = f"{title}\n{study.epochs} epochs, {settings}"  # so that figures can be told apart
         examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
