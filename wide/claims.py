@@ -102,10 +102,13 @@ class Setting:
 
 ADD = {"dataset": "add", "learning_rate": 0.001, "batch_size": 50}
 KMNIST = Setting(
-    "KMNIST", FULL | {"dataset": "kmnist", "learning_rate": 5.0}, 100, data="5,334 of the official test images train"
+    "KMNIST",
+    FULL | {"dataset": "kmnist", "learning_rate": 5.0},
+    100,
+    data="trained on 5,334 of the official test images",
 )
 CIFAR = Setting(
-    "CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 5, data="45,000 images of a JPEG copy train"
+    "CIFAR-10", FULL | {"dataset": "cifar", "learning_rate": 5.0}, 5, data="trained on 45,000 images of a JPEG copy"
 )
 # Added when the curves of KMNIST at widths 8 to 32 had been seen, before width 64 and these of CIFAR-10 were trained.
 EARLY = dataclasses.replace(KMNIST, title="KMNIST, first 20 epochs", epochs=20)
