@@ -387,16 +387,20 @@ def robust(kept: list[Kept]) -> list[Figure]:
 
 
 def cost(kept: list[Kept]) -> list[Figure]:
+    """On every machine that took times, at every width."""
     found = []
-    timed = [one for one in kept if one.run.timed_on is not None]
+    machines = sorted({one.run.timed_on for one in kept} - {None})
     for rule in ("align_ada", "align_zero"):
-        seconds = {(one.run.rule, one.run.width, one.run.seed): one.rows[-1]["seconds"] for one in timed}
-        if len(seconds) < len(timed):
-            raise UserError("timed runs of one rule, width and seed: keep those of one machine and learning rate")
-        table = by_width(seconds, ("backprop", rule), lambda a, b: b / a)
         what, range_ = f"{RULES[rule].title}: time of an epoch, in multiples of backprop's", {"upper": 2.0}
-        missing = Figure(what, (), **range_, missing="no timed runs (train_cifar.py 7) are here")
-        found += [at_width(width, table, what, **range_) for width in table] or [missing]
+        for machine in machines:
+            timed = [one for one in kept if one.run.timed_on == machine]
+            seconds = {(one.run.rule, one.run.width, one.run.seed): one.rows[-1]["seconds"] for one in timed}
+            if len(seconds) < len(timed):
+                raise UserError(f"runs timed on {machine} of one rule, width and seed; keep one of each")
+            table = by_width(seconds, ("backprop", rule), lambda a, b: b / a)
+            found += [at_width(width, table, f"{what}, on {machine}", **range_) for width in table]
+        if not machines:
+            found.append(Figure(what, (), **range_, missing="no timed runs (train_cifar.py 7) are here"))
     return found
 
 

@@ -333,9 +333,9 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         UserError: a command fails.
     """
     for study in STUDIES:
-        found = study_runs(kept, study)
-        elsewhere = {one.run.timed_on for one in found} - {None, device_name(torch.device("cpu"))}
-        if not found or elsewhere:  # times are shown by the machine that took them
+        here = (None, device_name(torch.device("cpu")))  # times are shown by the machine that took them
+        found = [one for one in study_runs(kept, study) if one.run.timed_on in here]
+        if not found:
             continue
         words = shlex.split(study.options)
         if DATA in words:
