@@ -335,6 +335,7 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
             lightness = 0.75 * number / max(len(layers) - 1, 1)
             style = {"color": matplotlib.colormaps["viridis"](lightness), "marker": MARKERS[number % len(MARKERS)]}
             of_layer = [score for score in scores if score.layer == layer]
+            style["aside"] = number / len(layers)
             _draw_score(panel, of_layer, "score", against, label=layer, linestyle="-", **style)
             _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
         panel.plot([], [], color=GREY, linestyle=":", label="weights shuffled")
@@ -355,16 +356,22 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
     _save(figure, title + (f"\n({_bars(counts)} seeds)" if max(counts) > 1 else ""), file)
 
 
-def _draw_score(panel, scores: list, kind: str, against: str, **style) -> None:
-    """The mean over seeds at every place, with bars for their spread; marks only where there are few places."""
+def _draw_score(panel, scores: list, kind: str, against: str, aside: float, **style) -> None:
+    """The mean over seeds at every place, with bars for their spread; marks only where there are few places.
+
+    Args:
+        aside: the layer's place among the layers, from 0 to 1, by which bars are moved a little.
+    """
     places = sorted({getattr(score, against) for score in scores})
     values = [[getattr(s, kind) for s in scores if getattr(s, against) == place] for place in places]
     defined = [[value for value in group if value is not None] for group in values]
     means = [statistics.fmean(group) if group else math.nan for group in defined]
     if len(places) > 20:
         style["marker"] = None
-    panel.plot(places, means, markersize=4, **style)
     spread = [statistics.stdev(group) if len(group) > 1 else 0 for group in defined]
+    if any(spread):
+        places = _beside(places, aside, places)
+    panel.plot(places, means, markersize=4, **style)
     if any(spread):
         bars = {"ecolor": style["color"], "elinewidth": 1, "capsize": 3, "alpha": style.get("alpha", 1)}
         panel.errorbar(places, means, spread, fmt="none", **bars)
