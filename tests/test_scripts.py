@@ -288,7 +288,7 @@ def test_runs_kept_without_a_checkpoint_are_left_alone(kmnist, tmp_path):
     options = tiny(kmnist, tmp_path, "--rules", "backprop", "last_layer", "--epochs", 3)
     done = script("train_kmnist.py", 1, *options)
     assert done.returncode == 1
-    assert "without checkpoint.pt" in done.stderr
+    assert "no checkpoint.pt" in done.stderr
     assert "use another --outputs" in done.stderr
     assert {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()} == before
     assert "last_layer" in done.stdout

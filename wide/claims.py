@@ -570,7 +570,14 @@ LITTLE_NOTE = (
     "A gap says something only where backprop is above chance. More images are more updates here, as published (the "
     "number of epochs is fixed), so that networks move further from where they began."
 )
+ROBUST_NOTE = (
+    "On CIFAR-10 Align-zero's runs that failed did not diverge: their training loss falls in the first epochs or "
+    "not at all, and then rises. Align-zero forms its updates from the initial network alone, so nothing corrects "
+    "them once the current one is elsewhere, which happens sooner in narrow networks "
+    "([docs/results.md](results.md))."
+)
 NOTES: Mapping[str, str] = {
+    "The Align rules are robust over seeds": ROBUST_NOTE,
     "Changes of activities and weights, and angles to backprop, fall with width": THEORY_NOTE,
     "In wide networks the Align rules' accuracy is comparable to backprop's": WIDE_NOTE,
     "The Align rules approach backprop with width": APPROACH_NOTE,

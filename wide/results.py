@@ -421,7 +421,7 @@ def page(results: Path, kept: list[Kept]) -> str:
         hours = sum(sum(row["seconds"] for row in one.rows[: study.epochs]) for one in found) / 3600
         diverged = sum(one.diverged() for one in found)
         runs = f"{len(found)}" + (f" ({diverged} diverged)" if diverged else "")
-        data, machine = (", ".join(sorted({getattr(one, name) for one in found})) for name in ("data", "device"))
+        data, machine = ("; ".join(sorted({getattr(one, name) for one in found})) for name in ("data", "device"))
         lines.append(f"| {study.name} | {runs} | {seeds} | {study.epochs} | {hours:.2f} | {data} | {machine} |")
         sections += ["", f"### {study.name}", "", f"{study.title[0].upper()}{study.title[1:]}. `{study.command}`", ""]
         if (results / "reports" / f"{study.name}.png").exists():

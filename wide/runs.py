@@ -259,8 +259,8 @@ class RunFolder:
         epochs, _ = self.progress()
         if epochs and not self.checkpoint_path.exists():
             raise UserError(
-                f"{self.path} was kept for its {epochs} epochs, without checkpoint.pt, and cannot go on; use another "
-                "--outputs folder, or --report for what is there; or delete it to train that run anew"
+                f"{self.path} ends at epoch {epochs} and has no checkpoint.pt to go on from; use another --outputs "
+                "folder, or --report for what is there, or delete it to train that run anew"
             )
 
     def identity(self, fingerprint: str) -> dict:
