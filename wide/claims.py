@@ -20,6 +20,7 @@ and before all others, and have been made stricter since; what was added because
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ class Setting:
     loss: bool = False
     data: str = ""
 
-    @property
+    @functools.cached_property
     def chance(self) -> float:
         """What guessing gives, in the unit of `values`."""
         return math.log(AddTask(self.fields["variant"], torch.device("cpu")).chance("test")) if self.loss else 10.0
@@ -68,11 +69,7 @@ class Setting:
         Raises:
             UserError: the runs were trained on different data, or two are of one rule, width and seed.
         """
-        found = self.runs(kept)
-        values = {(one.run.rule, one.run.width, one.run.seed): self.value(one) for one in found}
-        if len(values) < len(found):
-            raise UserError(f"{self.title}: runs that differ in more than rule, width and seed; keep one of each")
-        return values
+        return by_place(self.runs(kept), self.value, self.title)
 
     def runs(self, kept: list[Kept]) -> list[Kept]:
         found = [one for one in kept if one.is_of(self.fields, self.epochs)]
@@ -80,12 +77,8 @@ class Setting:
             raise UserError(f"{self.title}: runs on different data cannot be compared; keep those of one")
         return found
 
-    def diverged(self, one: Kept) -> bool:
-        """Within these epochs."""
-        return not math.isfinite(one.rows[: self.epochs][-1]["train_loss"])
-
     def value(self, one: Kept) -> float:
-        if self.diverged(one):
+        if one.diverged(self.epochs):
             return self.chance
         rows = one.rows[: self.epochs]
         if self.loss:
@@ -98,6 +91,18 @@ class Setting:
         """Whether it ended no better than guessing."""
         value = self.value(one)
         return value >= self.chance if self.loss else value <= self.chance
+
+
+def by_place(runs: list[Kept], value: Callable[[Kept], float], where: str) -> dict[tuple[str, int, int], float]:
+    """The runs' values by (rule, width, seed).
+
+    Raises:
+        UserError: two runs have the same; `where` says which runs these are.
+    """
+    values = {(one.run.rule, one.run.width, one.run.seed): value(one) for one in runs}
+    if len(values) < len(runs):
+        raise UserError(f"{where}: runs that differ in more than rule, width and seed; keep one of each")
+    return values
 
 
 ADD = {"dataset": "add", "learning_rate": 0.001, "batch_size": 50}
@@ -306,7 +311,7 @@ def approach(kept: list[Kept]) -> list[Figure]:
     for setting in (*ACCURACIES, *ADDS):
         for rule in ("align_ada", "align_zero"):
             runs = [one for one in setting.runs(kept) if one.run.rule in ("backprop", rule)]
-            unstable = {one.run.width for one in runs if setting.diverged(one)}
+            unstable = {one.run.width for one in runs if one.diverged(setting.epochs)}
             table = {width: row for width, row in gaps(setting, kept, rule).items() if width not in unstable}
             what = f"{setting.title}: {RULES[rule].title} behind backprop, change in {unit(setting)}"
             found.append(over_widths(table, what, upper=0))
@@ -346,7 +351,9 @@ def fall_behind(kept: list[Kept]) -> list[Figure]:
 def little_data(kept: list[Kept]) -> list[Figure]:
     found = []
     for setting in LITTLE:
-        learned = by_width(setting.values(kept), ("backprop", "align_ada"), lambda a, b: a - 10)
+        learned = by_width(
+            setting.values(kept), ("backprop", "align_ada"), lambda a, b, chance=setting.chance: a - chance
+        )
         what = f"{setting.title}: backprop above chance, points (a premise)"
         found.append(dataclasses.replace(at_widest(learned, what, lower=0), premise=True))
         table = gaps(setting, kept, "align_ada")
@@ -394,9 +401,7 @@ def cost(kept: list[Kept]) -> list[Figure]:
         what, range_ = f"{RULES[rule].title}: time of an epoch, in multiples of backprop's", {"upper": 2.0}
         for machine in machines:
             timed = [one for one in kept if one.run.timed_on == machine]
-            seconds = {(one.run.rule, one.run.width, one.run.seed): one.rows[-1]["seconds"] for one in timed}
-            if len(seconds) < len(timed):
-                raise UserError(f"runs timed on {machine} of one rule, width and seed; keep one of each")
+            seconds = by_place(timed, lambda one: one.rows[-1]["seconds"], f"times on {machine}")
             table = by_width(seconds, ("backprop", rule), lambda a, b: b / a)
             found += [at_width(width, table, f"{what}, on {machine}", **range_) for width in table]
         if not machines:
@@ -618,8 +623,8 @@ def headline_table(kept: list[Kept]) -> str:
     title, table = next(iter(found.items()))
     widths = sorted({width for row in table.values() for width in row})
     lines = [
-        f"{title.replace(chr(10), ' ')}, learning rate 5 for every rule: test accuracy in %, mean ± standard deviation "
-        "over seeds (n; without ±: one seed). Nothing has converged:",
+        f"{' '.join(title.splitlines())}, learning rate 5 for every rule: test accuracy in %, mean ± standard "
+        "deviation over seeds (n; without ±: one seed). Nothing has converged:",
         "",
         "| | " + " | ".join(f"width {width}" for width in widths) + " |",
         "|---" * (1 + len(widths)) + "|",

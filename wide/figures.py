@@ -335,9 +335,9 @@ def draw_scores(file: BinaryIO, title: str, sections: Mapping[str, list], agains
             lightness = 0.75 * number / max(len(layers) - 1, 1)
             style = {"color": matplotlib.colormaps["viridis"](lightness), "marker": MARKERS[number % len(MARKERS)]}
             of_layer = [score for score in scores if score.layer == layer]
-            style["aside"] = number / len(layers)
-            _draw_score(panel, of_layer, "score", against, label=layer, linestyle="-", **style)
-            _draw_score(panel, of_layer, "control", against, label=None, linestyle=":", alpha=0.6, **style)
+            aside = number / len(layers)
+            _draw_score(panel, of_layer, "score", against, aside, label=layer, linestyle="-", **style)
+            _draw_score(panel, of_layer, "control", against, aside, label=None, linestyle=":", alpha=0.6, **style)
         panel.plot([], [], color=GREY, linestyle=":", label="weights shuffled")
         panel.set_title(section, fontsize=10)
         panel.set_xlabel(AXIS_LABELS.get(against, against))

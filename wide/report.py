@@ -49,9 +49,8 @@ class TableReport:
         title = study.title + unusual_text([summary.run for summary in summaries])
         runs = [summary.run for summary in (*summaries, *beside)]
         settings = settings_text(runs, ("optimizer", "learning_rate", "data_limit", "seed", "decay"))
-        drawn = (
-            f"{title}\n{study.epochs} epoch{'s' * (study.epochs > 1)}, {settings}"  # so that figures can be told apart
-        )
+        # So that figures can be told apart.
+        drawn = f"{title}\n{study.epochs} epoch{'s' * (study.epochs > 1)}, {settings}"
         examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
 
         def draw(file: BinaryIO) -> None:

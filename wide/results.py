@@ -258,8 +258,9 @@ class Kept:
         """Whether it has these fields of `Run`, and went on for so many epochs or diverged before."""
         return matches(self.run, fields) and self.folder.status(epochs) in FINISHED
 
-    def diverged(self) -> bool:
-        return not math.isfinite(self.rows[-1]["train_loss"])
+    def diverged(self, epochs: int | None = None) -> bool:
+        """Within so many epochs, or all that it has."""
+        return not math.isfinite(self.rows[:epochs][-1]["train_loss"])
 
 
 def read(results: Path) -> list[Kept]:
@@ -332,8 +333,8 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
     Raises:
         UserError: a command fails.
     """
+    here = (None, device_name(torch.device("cpu")))  # times are shown by the machine that took them
     for study in STUDIES:
-        here = (None, device_name(torch.device("cpu")))  # times are shown by the machine that took them
         found = [one for one in study_runs(kept, study) if one.run.timed_on in here]
         if not found:
             continue

@@ -256,8 +256,10 @@ class RunFolder:
 
     def require_checkpoint(self) -> None:
         """Raise UserError for a run that was kept without what it would go on from (results/)."""
+        if self.checkpoint_path.exists():
+            return
         epochs, _ = self.progress()
-        if epochs and not self.checkpoint_path.exists():
+        if epochs:
             raise UserError(
                 f"{self.path} ends at epoch {epochs} and has no checkpoint.pt to go on from; use another --outputs "
                 "folder, or --report for what is there, or delete it to train that run anew"
@@ -355,8 +357,8 @@ class RunFolder:
             UserError: it cannot be read, or has changed since it was written, or belongs to another run, or does not
                 agree with metrics.csv, or is gone although epochs were trained.
         """
+        self.require_checkpoint()
         if not self.checkpoint_path.exists():
-            self.require_checkpoint()
             return None
         try:
             checkpoint = read_sealed(self.checkpoint_path, device)
