@@ -15,8 +15,8 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 
 from train_add import EXPERIMENTS as TRAINING
 from train_add import SUBJECT
-from wide.alignment_experiments import alignment_experiments, pairs, scored
 from wide.command_line import main
+from wide.grids.alignment_experiments import alignment_experiments, pairs, scored
 
 EXPERIMENTS = alignment_experiments(
     pairs(widths=TRAINING[1].widths, learning_rate=0.001, epochs=200, quick={"widths": (16, 64, 256), "epochs": 10}),

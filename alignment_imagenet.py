@@ -15,8 +15,8 @@ if __name__ == "__main__":  # first: importing torch takes seconds
     install_excepthook()
 
 from train_imagenet import SUBJECT
-from wide.alignment_experiments import alignment_experiments, pairs, scored
 from wide.command_line import main
+from wide.grids.alignment_experiments import alignment_experiments, pairs, scored
 
 EXPERIMENTS = alignment_experiments(
     pairs(

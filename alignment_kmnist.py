@@ -14,8 +14,8 @@ if __name__ == "__main__":  # first: importing torch takes seconds
     install_excepthook()
 
 from train_kmnist import SUBJECT, WIDTHS
-from wide.alignment_experiments import alignment_experiments, pairs, scored
 from wide.command_line import main
+from wide.grids.alignment_experiments import alignment_experiments, pairs, scored
 
 EXPERIMENTS = alignment_experiments(
     pairs(widths=WIDTHS, learning_rate=5, epochs=300, quick={"widths": (8, 32), "data_limits": (1000,), "epochs": 5}),

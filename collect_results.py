@@ -2,8 +2,8 @@
 
     python3 collect_results.py [--from outputs]
 
-Runs of the studies in wide/results.py are copied without their checkpoints, but those of headline runs. Nothing is
-trained.
+Runs of the studies in wide/reports/results.py are copied without their checkpoints, but those of headline runs. Nothing
+is trained.
 """
 
 import sys

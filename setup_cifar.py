@@ -18,7 +18,7 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 import numpy as np
 
 from wide.command_line import setup
-from wide.datasets import ImageDataset
+from wide.data.datasets import ImageDataset
 
 
 class CIFAR(ImageDataset):

@@ -26,8 +26,8 @@ import numpy as np
 
 from wide import UserError
 from wide.command_line import setup
-from wide.datasets import ImageDataset
-from wide.runs import replace, writing
+from wide.data.datasets import ImageDataset
+from wide.runs.folder import replace, writing
 
 MOST_UNPACKED = 1032  # bytes that deflate makes of one, at most (zlib's technical details)
 

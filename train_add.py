@@ -12,10 +12,10 @@ if __name__ == "__main__":  # first: importing torch takes seconds
     install_excepthook()
 
 from wide.command_line import main
-from wide.experiments import Experiment, Subject
+from wide.grids.experiments import Experiment, Subject
 from wide.options import DataOptions
-from wide.tables import BEST_LOSS
-from wide.tasks import AddTask
+from wide.reports.tables import BEST_LOSS
+from wide.training.tasks import AddTask
 
 EXPERIMENTS = {
     1: Experiment(

@@ -13,9 +13,9 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 
 from setup_cifar import CIFAR
 from wide.command_line import main
-from wide.experiments import Experiment, Subject
-from wide.tables import ACCURACY, EPOCH_TIME, View
-from wide.tasks import ImageTask
+from wide.grids.experiments import Experiment, Subject
+from wide.reports.tables import ACCURACY, EPOCH_TIME, View
+from wide.training.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)

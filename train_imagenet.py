@@ -17,9 +17,9 @@ if __name__ == "__main__":  # first: importing torch takes seconds
     install_excepthook()
 
 from wide.command_line import main
-from wide.experiments import Experiment, Subject
+from wide.grids.experiments import Experiment, Subject
 from wide.options import DataOptions
-from wide.tables import TOP_ACCURACY, View
+from wide.reports.tables import TOP_ACCURACY, View
 
 STRIDES = (4, 2, 1, 2, 1, 2, 1)
 QUICK = {"widths": (16,), "learning_rates": (2,), "batch_size": 20, "epochs": 8}
@@ -38,14 +38,14 @@ EXPERIMENTS = {
 
 
 def folders(data: DataOptions, device):
-    from wide.image_folders import FolderTask  # torchvision takes seconds to import
+    from wide.data.image_folders import FolderTask  # torchvision takes seconds to import
 
     return FolderTask(data.folder, STRIDES, device, data.workers)
 
 
 def generated(data: DataOptions, device):
-    from wide.image_folders import FolderTask
-    from wide.shapes import shapes
+    from wide.data.image_folders import FolderTask
+    from wide.data.shapes import shapes
 
     return FolderTask(shapes(data.folder), STRIDES, device, data.workers)
 

@@ -14,10 +14,10 @@ if __name__ == "__main__":  # first: importing torch takes seconds
 
 from setup_kmnist import KMNIST
 from wide.command_line import main
-from wide.distance_report import DistanceReport
-from wide.experiments import Experiment, Subject
-from wide.tables import ACCURACY, View
-from wide.tasks import ImageTask
+from wide.grids.experiments import Experiment, Subject
+from wide.reports.distance_report import DistanceReport
+from wide.reports.tables import ACCURACY, View
+from wide.training.tasks import ImageTask
 
 RULES = ("backprop", "align_ada", "dfa", "align_zero", "fa", "last_layer")
 WIDTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -41,7 +41,7 @@ EXPERIMENTS = {
         view=View(against="learning_rate", best_over=()),
         quick={"widths": (8, 32), "learning_rates": (0.2, 1, 5, 20), "data_limits": (1000,), "epochs": 3},
     ),
-    3: Experiment(  # not the paper's; what its theory says of few updates (wide/distance_report.py)
+    3: Experiment(  # not the paper's; what its theory says of few updates (wide/reports/distance_report.py)
         title="distance from theory against width",
         rules=("backprop", "align_ada", "align_zero", "align_prop", "fa", "dfa"),
         widths=WIDTHS,

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from wide import networks, scores
+from wide.alignment import scores
+from wide.models import networks
 
 STRIDES = (1, 1, 1, 2, 1, 2, 1)
 IMAGE_SIZE = (32, 32)

@@ -42,12 +42,12 @@ import torch
 
 import alignment_add
 import train_add
-import wide.figures  # noqa: F401  (here, so that no process pays for importing it)
+import wide.reports.figures  # noqa: F401  (here, so that no process pays for importing it)
 from setup_kmnist import KMNIST
-from wide.alignment_experiments import scored
-from wide.checkpoints import digest
 from wide.command_line import main as run_command
 from wide.command_line import setup
+from wide.grids.alignment_experiments import scored
+from wide.runs.checkpoints import digest
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STAYS = {".lock"}  # of hidden files in a run's folder

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_rules
-from wide.networks import RecurrentNetwork
-from wide.rules import make_rule
-from wide.runs import Run
+from wide.models.networks import RecurrentNetwork
+from wide.models.rules import make_rule
+from wide.runs.folder import Run
 
 CLASSES = 10
 

@@ -2,7 +2,7 @@
 
     python3 benchmarks/steps.py [--widths 8 32 128] [--precisions fp32 bf16] [--tensorflow] [--side-by-side]
 
-Steps are those of training (wide/training.py), on made-up images in batches of 100 and on the Add task's sequences.
+Steps are those of training, on made-up images in batches of 100 and on the Add task's sequences.
 They are timed turn by turn, one step of each setting a round, so that what else the machine does meets all of them: a
 figure is the median over the rounds, and the quartiles are its spread.
 
@@ -39,14 +39,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_add
 import train_cifar
 import train_kmnist
-from wide.datasets import Split
-from wide.devices import choose_device, choose_precision, device_name, usable_cores
-from wide.experiments import Experiment, Subject
-from wide.memory import keep_memory
-from wide.rules import RULES
-from wide.runs import Run, effective_batch
-from wide.tasks import AddTask, ImageTask, Task
-from wide.training import Training
+from wide.data.datasets import Split
+from wide.grids.experiments import Experiment, Subject
+from wide.models.rules import RULES
+from wide.runs.folder import Run, effective_batch
+from wide.training.devices import choose_device, choose_precision, device_name, usable_cores
+from wide.training.loop import Training
+from wide.training.memory import keep_memory
+from wide.training.tasks import AddTask, ImageTask, Task
 
 SCRIPTS = {"cifar": train_cifar, "kmnist": train_kmnist, "add": train_add}
 CHANNELS = {"cifar": 3, "kmnist": 1}

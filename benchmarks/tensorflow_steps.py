@@ -1,7 +1,7 @@
 """Steps of training as TensorFlow graphs, written the way the published code wrote them; a process beside steps.py.
 
 Both the current and the initial network are computed in full, and what a rule does not send is stopped
-(tests/tensorflow_reference.py). One graph holds output, loss, gradients and the update of every variable.
+(tests/rules/tensorflow_reference.py). One graph holds output, loss, gradients and the update of every variable.
 
 Reads lines of JSON from stdin, each a Request, and answers with the seconds that such a step took; the first builds the
 graph.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import tensorflow as tf
 
-from tests import tensorflow_reference as reference
+from tests.rules import tensorflow_reference as reference
 
 
 class Request(NamedTuple):

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_cifar
 import train_imagenet
 from align_rules import RULES, Rule
-from wide.networks import ConvolutionalNetwork
-from wide.rules import make_rule
-from wide.runs import Run
+from wide.models.networks import ConvolutionalNetwork
+from wide.models.rules import make_rule
+from wide.runs.folder import Run
 
 
 class Geometry(NamedTuple):

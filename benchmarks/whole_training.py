@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.steps import Setting, Step, TensorFlow
-from wide.devices import device_name
-from wide.tasks import AddTask
+from wide.training.devices import device_name
+from wide.training.tasks import AddTask
 
 ROOT = Path(__file__).parents[1]
 

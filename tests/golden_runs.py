@@ -9,8 +9,8 @@ import torch
 
 from train_cifar import STRIDES as CIFAR_STRIDES
 from train_kmnist import STRIDES as KMNIST_STRIDES
-from wide.datasets import Split
-from wide.tasks import ImageTask
+from wide.data.datasets import Split
+from wide.training.tasks import ImageTask
 
 GOLDEN = Path(__file__).parent / "golden"
 RULES = {

@@ -9,7 +9,7 @@ import torch
 from running import script
 
 from benchmarks import steps
-from wide.rules import RULES
+from wide.models.rules import RULES
 
 
 def test_products_by_hand():

@@ -10,7 +10,7 @@ from running import script
 from small_data import made_up, write_cifar
 
 from train_cifar import EXPERIMENTS
-from wide.runs import Run, RunFolder
+from wide.runs.folder import Run, RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from wide.command_line import setup
-from wide.datasets import ImageDataset
+from wide.data.datasets import ImageDataset
 
 
 class Letters(ImageDataset):
@@ -48,9 +48,9 @@ import sys
 
 from setup_letters import Letters
 from wide.command_line import main
-from wide.experiments import Experiment, Subject
-from wide.tables import ACCURACY
-from wide.tasks import ImageTask
+from wide.grids.experiments import Experiment, Subject
+from wide.reports.tables import ACCURACY
+from wide.training.tasks import ImageTask
 
 STRIDES = (1, 2)
 EXPERIMENTS = {1: Experiment("accuracy against width", ("backprop", "dfa"), (4, 8), (1,), epochs=2)}
@@ -76,7 +76,7 @@ ALIGNMENT = '''
 import sys
 
 from train_letters import SUBJECT
-from wide.alignment_experiments import alignment_experiments, pairs, scored
+from wide.grids.alignment_experiments import alignment_experiments, pairs, scored
 from wide.command_line import main
 
 EXPERIMENTS = alignment_experiments(pairs((4, 8), 1, 3, quick={"widths": (4,)}), scored_after=2, timed_width=8)
@@ -190,7 +190,7 @@ def test_a_dataset(copy):
 
 def test_a_rule(copy):
     copy.add("align_rules.py", RULE)
-    copy.add("wide/rules.py", ROW)
+    copy.add("wide/models/rules.py", ROW)
     printed = copy.run("train_add.py", 1, "--rules", "half_prop", "backprop", "--widths", 8, "--epochs", 2)
     assert "| Half-prop |" in printed
     assert "rnn-half_prop-width8-lr0.001-seed99-batch50-published-decay0.25: done" in printed
@@ -201,16 +201,20 @@ def test_a_rule(copy):
 def test_an_experiment(copy):
     start = "EXPERIMENTS = {\n"
     copy.replace("train_add.py", start, EXPERIMENT.replace("{figure}", ""))
-    copy.replace("train_add.py", "from wide.tables import BEST_LOSS", "from wide.tables import BEST_LOSS, View")
+    copy.replace(
+        "train_add.py", "from wide.reports.tables import BEST_LOSS", "from wide.reports.tables import BEST_LOSS, View"
+    )
     assert "| rule | lr 0.001 | lr 0.002 |" in copy.run("train_add.py", 2)
     assert copy.touched == named("An experiment", dataset="add")
 
 
 def test_a_figure(copy):
-    copy.add("wide/figures.py", FIGURE)
+    copy.add("wide/reports/figures.py", FIGURE)
     assert copy.touched == named("A figure")
     # What asks for it is an experiment.
     copy.replace("train_add.py", "EXPERIMENTS = {\n", EXPERIMENT.replace("{figure}", ', figure="empty_axes"'))
-    copy.replace("train_add.py", "from wide.tables import BEST_LOSS", "from wide.tables import BEST_LOSS, View")
+    copy.replace(
+        "train_add.py", "from wide.reports.tables import BEST_LOSS", "from wide.reports.tables import BEST_LOSS, View"
+    )
     copy.run("train_add.py", 2)
     assert (copy.folder / "outputs" / "add" / "experiment_2.png").exists()

@@ -8,8 +8,8 @@ from running import ROOT
 import alignment_kmnist
 import train_imagenet
 import train_kmnist
-from wide.alignment_experiments import scored
 from wide.command_line import build_parser
+from wide.grids.alignment_experiments import scored
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "outputs" / "README.md", ROOT / "results" / "README.md"]
@@ -61,5 +61,5 @@ def test_every_option_is_in_the_readme():
 
 
 def test_every_file_has_its_place_on_the_page_of_the_code():
-    for path in (ROOT / "wide").glob("*.py"):
-        assert path.name == "__init__.py" or f"wide/{path.name}" in page("docs/code.md"), path.name
+    for path in (ROOT / "wide").rglob("*.py"):
+        assert path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in page("docs/code.md"), path

@@ -10,10 +10,10 @@ import pytest
 from running import ROOT, script
 
 from wide import UserError
-from wide.image_folders import _cores
-from wide.processes import join
-from wide.report import write_report
-from wide.runs import Run, RunFolder
+from wide.data.image_folders import _cores
+from wide.reports.report import write_report
+from wide.runs.folder import Run, RunFolder
+from wide.training.processes import join
 
 RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50)
 TINY = ["--widths", 8, "--rules", "backprop", "--epochs", 1]

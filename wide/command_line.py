@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from align_rules import RULES
-from wide import UserError, collecting
-from wide.alignment_report import score_files
-from wide.datasets import ImageDataset
-from wide.devices import DEVICES, PRECISIONS
-from wide.experiments import Experiment, Subject
-from wide.grid import Failures, run
-from wide.memory import keep_memory
+from wide import UserError
+from wide.data.datasets import ImageDataset
+from wide.grids.experiments import Experiment, Subject
+from wide.grids.grid import Failures, run
+from wide.grids.study import Machine, Study
 from wide.options import PAPER_SEED, DataOptions, Options, ParallelOptions, RecordOptions, StepOptions
-from wide.processes import leave
-from wide.study import Machine, Study
+from wide.reports import collecting
+from wide.reports.alignment_report import score_files
+from wide.training.devices import DEVICES, PRECISIONS
+from wide.training.memory import keep_memory
+from wide.training.processes import leave
 
 GRID = ("rules", "widths", "learning_rates", "seeds", "data_limits", "batch_size", "epochs")
 # Options that not every script has, where they are absent.

@@ -1,0 +1,109 @@
+"""Grids, and the estimate of how long the rest takes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from train_cifar import EXPERIMENTS, SUBJECT
+from wide.command_line import as_options, build_parser, parse
+from wide.grids.experiments import beside
+from wide.grids.pace import Pace, duration
+from wide.grids.study import Machine, Study
+from wide.runs.folder import Run
+
+
+def planned(*words):
+    arguments = parse(build_parser("", SUBJECT, EXPERIMENTS), EXPERIMENTS, words)
+    machine = Machine(torch.device("cpu"), "fp32")
+    return Study.of(SUBJECT, EXPERIMENTS, as_options(arguments, SUBJECT), machine).runs
+
+
+def test_all_rules_at_a_small_width_come_first():
+    runs = planned("1")
+    assert {run.width for run in runs[:18]} == {8}
+    assert len({run.rule for run in runs[:6]}) == 6
+
+
+def test_values_given_twice_are_trained_once():
+    assert len(planned("1", "--widths", "8", "8", "--rules", "fa", "fa", "--learning-rates", "5", "5.0")) == 1
+
+
+def test_experiments_share_runs():
+    assert set(planned("2", "--widths", "8", "--learning-rates", "5", "2")) <= set(planned("1"))
+    assert set(planned("4", "--data-limits", "45000", "--rules", "fa")) <= set(planned("1"))
+
+
+def test_options_override_quick():
+    assert {run.width for run in planned("1", "--quick", "--widths", "64")} == {64}
+    assert {run.batch_size for run in planned("1", "--quick", "--batch-size", "10")} == {10}
+
+
+def test_weight_decay_is_the_rules_own_unless_all_are_given_one():
+    words = ("1", "--rules", "backprop", "kolen_pollack", "--widths", "8", "--learning-rates", "5")
+    for given, decays in (
+        ((), [0, 1e-4]),
+        (("--weight-decay", "0.01"), [0.01, 0.01]),
+        (("--weight-decay", "0"), [0, 0]),
+    ):
+        runs = planned(*words, *given)
+        assert [run.decay for run in runs] == decays
+        assert [run.name.endswith(f"-decay{run.decay:g}") for run in runs] == [decay > 0 for decay in decays]
+
+
+def test_the_number_may_follow_options_of_one_value():
+    assert planned("--quick", "--epochs", "2", "6") == planned("6", "--quick")
+    assert planned("--quick") == planned("1", "--quick")
+
+
+@pytest.mark.parametrize("words", [("--widths", "8", "2"), ("--quick", "--seeds", "99", "1", "--epochs", "3")])
+def test_a_number_that_may_be_a_value_is_asked_for(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        planned(*words)
+    assert error.value.code == 2
+    assert "Put its NUMBER before the options" in capsys.readouterr().err
+    assert planned("1", *words)
+
+
+def test_batch_sizes():
+    """The published one unless asked for otherwise, by the experiment or --quick; runs shown beside have the same."""
+    assert {run.batch_size for run in planned("1")} == {100}
+    assert {run.batch_size for run in planned("1", "--quick")} == {EXPERIMENTS[1].quick["batch_size"]}
+    assert beside(EXPERIMENTS, dataclasses.replace(EXPERIMENTS[5], batch_size=20)).batch_size == 20
+
+
+def test_timed_runs_belong_to_a_device(monkeypatch):
+    monkeypatch.setattr("wide.grids.study.device_name", str)
+    timed, plain = planned("7", "--seeds", "100")[0], planned("6")[0]
+    assert timed.timed_on == "cpu"
+    assert timed.name.endswith("timed-on-cpu")
+    assert plain.timed_on is None
+
+
+class Folder:
+    def __init__(self, run, epochs_done):
+        self.run, self.epochs_done = run, epochs_done
+
+    def progress(self):
+        return self.epochs_done, True
+
+
+def test_the_estimate_follows_width_and_what_is_left(monkeypatch):
+    def run(width, limit=None):
+        return Run("cifar", "cnn", "fa", width, 5.0, 99, 100, data_limit=limit)
+
+    now = [0.0]
+    monkeypatch.setattr("wide.grids.pace.time.monotonic", lambda: now[0])
+    pace = Pace(examples=1000, epochs=10)
+    pace.start()
+    for width, seconds in ((8, 50.0), (8, 1.0), (16, 4.0)):  # the very first epoch does not count
+        now[0] += seconds
+        pace.epoch(run(width))
+    assert pace.left([Folder(run(8), 4)]) == pytest.approx(6 * 1.0)
+    assert pace.left([Folder(run(8, limit=500), 0)]) == pytest.approx(10 * 0.5)
+    assert pace.left([Folder(run(32), 0)]) == pytest.approx(10 * 16.0)  # four times as long for twice the width
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (700, "12 min"), (18000, "5 h"), (260000, "3 days")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

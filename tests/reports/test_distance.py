@@ -1,0 +1,68 @@
+"""changes.csv, and the experiment that shows distance from theory against width."""
+
+import csv
+import math
+
+import pytest
+import torch
+from running import script
+from torch import nn
+
+from wide.reports import figures
+from wide.reports.distance_report import ANGLE, WEIGHT, Distance, make_lines, predicted_slope
+from wide.runs.folder import Run, RunFolder
+from wide.training.recorders import layer_inputs, relative_change
+
+
+def test_relative_change():
+    before = torch.tensor([3.0, 4.0])
+    assert relative_change(torch.tensor([3.0, 5.0]), before) == pytest.approx(0.2)
+    assert relative_change(before, before) == 0
+    assert relative_change(None, before) is None
+    assert relative_change(before, torch.zeros(2)) is None
+
+
+def test_layer_inputs():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.randn(5, 3)
+    found = layer_inputs(network, inputs)
+    assert list(found) == ["2"]  # the first layer reads the inputs themselves
+    assert torch.equal(found["2"], network[:2](inputs))
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_slopes_are_of_logarithms():
+    distances = [Distance("align_ada", w, s, WEIGHT, "blocks.1", (1 + s) * 3 / w) for w in (8, 16, 64) for s in (0, 1)]
+    line = make_lines(distances)[WEIGHT, "blocks.1", "align_ada"]
+    assert line.slope == pytest.approx(-1)
+    assert line.means == pytest.approx([18**0.5 / width for width in (8, 16, 64)])
+    assert line.deviations == pytest.approx([math.exp(math.log(2) / math.sqrt(2))] * 3)
+    assert line.counts == (2, 2, 2)
+    assert predicted_slope(WEIGHT, "blocks.1", ("blocks.0", "blocks.1", "readout")) == -1
+    assert predicted_slope(WEIGHT, "blocks.0", ("blocks.0", "blocks.1", "readout")) == -0.5
+    assert predicted_slope(ANGLE, "blocks.1", ("blocks.0", "blocks.1", "readout")) == -0.5
+
+
+def test_the_experiment(kmnist, tmp_path, monkeypatch):
+    options = ["--widths", 4, 8, 16, "--data-limits", 100, "--data-dir", kmnist, "--outputs", tmp_path]
+    done = script("train_kmnist.py", 3, *options, "--rules", "backprop", "align_ada", "fa")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "after 1 updates" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "kmnist" / "experiment_3.csv").read_text().splitlines()))
+    assert {row["rule"] for row in rows if row["quantity"] == ANGLE} == {"align_ada", "fa"}  # backprop's are zero
+    assert all(float(row["value"]) > 0 for row in rows)
+    assert (tmp_path / "kmnist" / "experiment_3.png").stat().st_size > 20_000
+    folder = RunFolder(tmp_path, Run("kmnist", "cnn", "backprop", 4, 5.0, 99, 50, data_limit=100))
+    recorded = list(csv.DictReader((folder.path / "changes.csv").read_text().splitlines()))
+    layers = [row["layer"] for row in recorded]
+    assert layers == ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "readout"]
+    assert [row["relative_activity_change"] == "" for row in recorded] == [True, False, False, False]
+    assert all(float(row["relative_weight_change"]) > 0 for row in recorded)
+
+
+def test_the_figures_of_results_are_drawn(tmp_path):
+    for tables in ({}, {"KMNIST": {"backprop": {8: [30.0, 31.0], 16: [40.0]}, "fa": {8: [20.0]}}}):
+        with open(tmp_path / "figure.png", "wb") as file:
+            figures.draw_accuracies(file, "accuracy", tables)
+        assert (tmp_path / "figure.png").stat().st_size > 3000

@@ -1,0 +1,174 @@
+"""align_rules.verify: it passes where a rule is right, names what is wrong, and changes nothing."""
+
+import warnings
+
+import pytest
+import torch
+from rules_helpers import (
+    IMAGES,
+    RECURRENT_OPTIONS,
+    LeavesTraces,
+    each_kind,
+    gradients,
+    loss,
+    make,
+    mlp,
+    move,
+    residual,
+    traces,
+)  # fmt: skip
+from torch import nn
+from torchvision.models import resnet18
+
+import align_rules
+from benchmarks import other_networks
+from wide.models import networks
+
+pytestmark = pytest.mark.usefixtures("seeded")
+NOWHERE = ("dfa", "last_layer")  # backprop at no parameters
+SOMEWHERE = [name for name in align_rules.RULES if name not in NOWHERE]
+each_right = pytest.mark.parametrize("name", SOMEWHERE)
+
+
+@each_kind
+@each_right
+def test_passes_on_the_networks_of_these_tests(name, kind):
+    rule, inputs = make(name, kind)
+    move(rule.network)
+    for double, bound in ((False, 1e-3), (True, 1e-8)):
+        shares = align_rules.verify(rule, loss, inputs, double=double)
+        assert list(shares) == [key for key, _ in rule.network.named_parameters()]
+        assert max(shares.values()) < bound
+
+
+@pytest.mark.parametrize("title", [title for title in other_networks.CASES if "torchvision" not in title])
+@each_right
+def test_passes_on_networks_of_others(name, title):
+    case = other_networks.CASES[title]
+    rule = align_rules.RULES[name](case.build())
+    align_rules.verify(rule, loss, torch.randn(case.batch_shape), double=True)
+
+
+@each_right
+def test_passes_on_resnet18(name):
+    rule = align_rules.RULES[name](resnet18(num_classes=3))
+    align_rules.verify(rule, loss, torch.randn(2, 3, 32, 32), double=True)
+
+
+@pytest.mark.parametrize("variant", align_rules.SignSymmetry.VARIANTS)
+@pytest.mark.parametrize("exact", [(), ("6",)], ids=str)
+def test_passes_for_every_sign_symmetry(variant, exact):
+    rule = align_rules.SignSymmetry(residual(), variant, exact=exact)
+    rule(torch.randn(IMAGES))
+    if variant == "brSF":  # what it draws now is not what it draws at the next call
+        with pytest.raises(ValueError, match="at every call: it is backprop nowhere"):
+            align_rules.verify(rule, loss, torch.randn(IMAGES), double=True)
+    else:
+        align_rules.verify(rule, loss, torch.randn(IMAGES), double=True)
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_rules_that_are_backprop_nowhere(name):
+    kind = type(align_rules.RULES[name](mlp())).__name__
+    with pytest.raises(ValueError, match=f"{kind} is backprop at no parameters"):
+        align_rules.verify(align_rules.RULES[name](mlp()), loss, torch.randn(5, 6))
+
+
+# ---------------------------------------------------------------------------------------------- what is wrong is told
+
+
+@pytest.mark.parametrize("name", ["fa", "align_prop", "sign_symmetry", "kolen_pollack", "weight_mirror"])
+def test_a_wrong_transpose_is_told_by_the_layers_below_it(name, monkeypatch):
+    right = align_rules.Call.transpose
+
+    def transpose(call, weight):
+        send = right(call, weight)
+        return (lambda error: 1.01 * send(error)) if call.name == "2.weight" else send
+
+    monkeypatch.setattr(align_rules.Call, "transpose", transpose)
+    with pytest.raises(RuntimeError, match=r"gradients differ from it .*: 0\.weight by 0\.01, 0\.bias by 0\.01$"):
+        align_rules.verify(align_rules.RULES[name](mlp()), loss, torch.randn(5, 6))
+
+
+def test_a_wrong_error_of_align_ada_is_told(monkeypatch):
+    right = align_rules._Replay.errors
+
+    def errors(replay, e):
+        return [(edge, None if error is None else 1.01 * error) for edge, error in right(replay, e)]
+
+    monkeypatch.setattr(align_rules._Replay, "errors", errors)
+    with pytest.raises(RuntimeError, match=r": 0\.weight by 0\.01, 0\.bias by 0\.01, 2\.weight by 0\.01, [^4]*$"):
+        align_rules.verify(align_rules.AlignAda(mlp()), loss, torch.randn(5, 6))
+
+
+def test_a_wrong_gradient_of_align_zero_is_told(monkeypatch):
+    right = align_rules.swap_grad
+    monkeypatch.setattr(align_rules, "swap_grad", lambda value, path: right(value, 1.01 * path))
+    with pytest.raises(RuntimeError, match=r"differ .*: 0\.weight by 0\.02"):  # once on the way in, once out
+        align_rules.verify(align_rules.AlignZero(mlp()), loss, torch.randn(5, 6))
+
+
+def test_a_missing_gradient_is_told(monkeypatch):
+    monkeypatch.setattr(align_rules, "transport", lambda output, layer_input, transpose: output)
+    with pytest.raises(RuntimeError, match=r"0\.weight by 1, 0\.bias by 1, 2\.weight by 1"):
+        align_rules.verify(align_rules.AlignProp(mlp()), loss, torch.randn(5, 6))
+
+
+def test_another_output_is_told():
+    class Wrong(align_rules.Backprop):
+        def attached(self, *inputs, **keywords):
+            return 1.01 * self.network(*inputs, **keywords)
+
+    with pytest.raises(RuntimeError, match="output is not the network's own"):
+        align_rules.verify(Wrong(mlp()), loss, torch.randn(5, 6))
+
+
+@pytest.mark.parametrize(("tolerance", "passes"), [(0.1, True), (0.005, False)])
+def test_the_tolerance_is_the_users(tolerance, passes, monkeypatch):
+    right = align_rules.Call.transpose
+    monkeypatch.setattr(
+        align_rules.Call, "transpose", lambda call, weight: lambda error: 1.01 * right(call, weight)(error)
+    )
+    rule, inputs = align_rules.AlignProp(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))), torch.randn(5, 6)
+    if passes:
+        assert align_rules.verify(rule, loss, inputs, tolerance=tolerance)["0.weight"] == pytest.approx(0.01, rel=0.1)
+    else:
+        with pytest.raises(RuntimeError, match=r"0\.weight by 0\.01"):
+            align_rules.verify(rule, loss, inputs, tolerance=tolerance)
+
+
+# -------------------------------------------------------------------------------------------------- nothing is changed
+
+
+@each_right
+def test_changes_nothing(name):
+    network, inputs = LeavesTraces(), torch.randn(5, 6)
+    rule = align_rules.RULES[name](network)
+    move(network, 0.1)
+    gradients(rule, network, inputs)
+    network.dropout.eval()
+    before, given = traces(rule), inputs.clone()
+    with torch.no_grad():
+        align_rules.verify(rule, loss, inputs, double=name != "sign_symmetry")
+    after = traces(rule)
+    assert before.keys() == after.keys()
+    assert {key for key, value in before.items() if not torch.equal(after[key], value)} == set()
+    assert torch.equal(inputs, given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor does Kolen-Pollack take the copy's steps for its own
+        rule(inputs)
+
+
+@each_right
+def test_frozen_parameters_and_named_inputs(name):
+    network = networks.RecurrentNetwork(6, 5)
+    network.hidden.requires_grad_(False)
+    rule = align_rules.RULES[name](network, **RECURRENT_OPTIONS.get(name, {}))
+    shares = align_rules.verify(rule, loss, sequences=torch.randn(5, 4))
+    assert list(shares) == [key for key, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+@each_right
+def test_a_network_in_half_precision(name):
+    rule = align_rules.RULES[name](mlp().bfloat16())
+    align_rules.verify(rule, lambda output: output.float().square().mean(), torch.randn(5, 6).bfloat16())

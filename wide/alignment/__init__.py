@@ -1,0 +1,1 @@
+"""Pairs of networks and their alignment scores."""

@@ -1,0 +1,1 @@
+"""Datasets in memory and images in files: getting, reading and splitting them."""

@@ -1,0 +1,1 @@
+"""What is shown of runs: tables, figures, texts, and the paper's claims."""

@@ -1,0 +1,205 @@
+"""How far networks are from the theory of infinitely wide ones, against width, after a fixed number of updates.
+
+What theory predicts, for hidden layers of width n in NTK parameterisation, z = W a / sqrt(n) with W of order 1. The
+error at a hidden activity is of order 1/sqrt(n) (it comes through the readout's 1/sqrt(n)), so a fixed number of
+updates changes
+
+- an entry of a hidden weight (n x n) by (error 1/sqrt(n)) x (activity 1) / sqrt(n) = 1/n: in Frobenius norm by 1, where
+  the weight has n. The relative change falls like 1/n. (Its operator norm, also 1, is compared with sqrt(n).)
+- an entry of the first weight (n x inputs) and of the readout (outputs x n) by 1/sqrt(n): in Frobenius norm by 1, where
+  the weight has sqrt(n). Their relative change falls like 1/sqrt(n).
+- an activity, through these weights, by 1/sqrt(n). It is of order 1, so its relative change falls like 1/sqrt(n).
+
+A rule that reads activities, or weights to send errors back, in the initial network is thus off by a relative
+1/sqrt(n), and so, in radians, is the angle to backprop. But the derivative of ReLU jumps: a change of 1/sqrt(n) in what
+it reads flips it for a share 1/sqrt(n) of the units, and a vector in which a share s of entries is wrong is off by
+sqrt(s). Rules that read ReLU's derivative in the initial network (Align-ada, Align-zero) may therefore fall as slowly
+as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards
+backprop.
+
+All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.
+"""
+
+import csv
+import dataclasses
+import math
+import statistics
+from typing import TYPE_CHECKING, BinaryIO
+
+from wide import UserError
+from wide.models.rules import RULES
+from wide.reports.report import figures, write_report
+from wide.reports.tables import data_text, settings_text, unusual_text
+from wide.runs.files import csv_text
+from wide.runs.folder import FINISHED, RunFolder
+from wide.training.recorders import Angles, Changes
+
+if TYPE_CHECKING:
+    from wide.grids.study import Study
+
+ANGLE, ACTIVITY, WEIGHT = "degrees_to_backprop", "relative_activity_change", "relative_weight_change"
+TITLES = {
+    ANGLE: "angle to backprop's gradient (degrees)",
+    ACTIVITY: "relative change of the activity that it reads",
+    WEIGHT: "relative change of its weight",
+}
+EXACT = 0.05  # degrees: what rounding in single precision makes of equal gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """One quantity of one layer of a run, before the last update of an epoch. Layers are numbered from the input."""
+
+    rule: str
+    width: int
+    seed: int
+    quantity: str
+    layer: str
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Of one rule, quantity and layer: the geometric mean over seeds at every width.
+
+    `deviations` are factors, the exponentials of the logarithms' standard deviations; 1 for one seed.
+    """
+
+    widths: tuple[int, ...]
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def slope(self) -> float | None:
+        """Of the logarithm of the mean against that of the width, by least squares; None with fewer than three."""
+        if len(self.widths) < 3 or min(self.means) <= 0:
+            return None
+        return statistics.linear_regression([math.log(w) for w in self.widths], [math.log(m) for m in self.means]).slope
+
+
+def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float:
+    """The exponent of the width (see the docstring of the module), of a smooth activation function."""
+    return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
+
+
+def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
+    """What a run recorded of an epoch; angles that are zero but for rounding are left out.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = []
+    for file, quantities in ((Angles.file, (ANGLE,)), (Changes.file, (ACTIVITY, WEIGHT))):
+        path = folder.path / file
+        if not path.exists():
+            continue
+        try:
+            rows = [
+                row
+                for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+                if int(row["epoch"]) == epoch
+            ]
+            for quantity in quantities:
+                values = {row["layer"]: float(row[quantity]) for row in rows if row[quantity]}
+                found += [_distance(folder, quantity, layer, value) for layer, value in values.items()]
+        except (KeyError, ValueError, TypeError) as error:
+            raise folder.damaged(path, error) from error
+    return [d for d in found if d.value > (EXACT if d.quantity == ANGLE else 0)]
+
+
+def _distance(folder: RunFolder, quantity: str, layer: str, value: float) -> Distance:
+    run = folder.run
+    return Distance(run.rule, run.width, run.seed, quantity, layer.removesuffix(".layer"), value)
+
+
+def make_lines(distances: list[Distance]) -> dict[tuple[str, str, str], Line]:
+    """By (quantity, layer, rule)."""
+    grouped: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for d in distances:
+        grouped.setdefault((d.quantity, d.layer, d.rule), {}).setdefault(d.width, []).append(d.value)
+    return {key: _line(dict(sorted(by_width.items()))) for key, by_width in grouped.items()}
+
+
+def _line(by_width: dict[int, list[float]]) -> Line:
+    groups = list(by_width.values())
+    return Line(
+        widths=tuple(by_width),
+        means=tuple(statistics.geometric_mean(group) for group in groups),
+        deviations=tuple(math.exp(statistics.stdev(map(math.log, g))) if len(g) > 1 else 1.0 for g in groups),
+        counts=tuple(len(group) for group in groups),
+    )
+
+
+class DistanceReport:
+    """Angles, and changes of activities and weights, against width (see experiments.Report)."""
+
+    def check(self, study: "Study") -> None:
+        if len(study.experiment.data_limits) * len(study.experiment.learning_rates) > 1:
+            raise UserError("--data-limits and --learning-rates take one value here; for others run the command again")
+
+    def has(self, study: "Study", folder: RunFolder) -> bool:
+        return folder.status(study.epochs) in FINISHED
+
+    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+        return ()
+
+    def write(self, study: "Study") -> str:
+        distances = [d for folder in study.folders for d in read_distances(folder, study.epochs)]
+        if not distances:
+            raise UserError(
+                f"no run has {Angles.file} of epoch {study.epochs}; delete {study.outputs} to train them anew"
+            )
+        updates = self.updates(study)
+        title = f"{study.title}, after {updates} updates{unusual_text(study.runs)}"
+        lines = make_lines(distances)
+        layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
+
+        def draw(file: BinaryIO) -> None:
+            figures().draw_distances(file, title, lines, layers)
+
+        text = _markdown(title, lines, layers, study)
+        return write_report(
+            study.report_path,
+            csv_text([dataclasses.asdict(distance) for distance in distances], header=True),
+            text,
+            draw,
+        )
+
+    def updates(self, study: "Study") -> int:
+        """Those before what is recorded: all but the last of the epoch."""
+        run = study.runs[0]
+        return study.epochs * (run.data_limit or study.subject.examples) // run.batch_size - 1
+
+
+def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") -> str:
+    counts = sorted({count for line in lines.values() for count in line.counts})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    legend = (
+        f"Geometric mean over n = {seeds} seeds per width, before the last update; slope: of log(mean) against "
+        f"log(width), by least squares; theory: see wide/reports/distance_report.py; {settings_text(study.runs)}; "
+        f"{data_text(study.folders)}."
+    )
+    text = [f"# {title}", "", legend, ""]
+    for quantity, what in TITLES.items():
+        widths = sorted({w for (q, _, _), line in lines.items() if q == quantity for w in line.widths})
+        text += [
+            f"## {what}",
+            "",
+            "| layer | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
+        ]
+        text.append("|---" * (4 + len(widths)) + "|")
+        for (_, layer, rule), line in sorted(
+            ((key, line) for key, line in lines.items() if key[0] == quantity), key=lambda pair: pair[0][1]
+        ):
+            values = dict(zip(line.widths, line.means, strict=True))
+            cells = [f"{values[w]:.3g}" if w in values else "-" for w in widths]
+            theory = "none" if quantity == ANGLE and rule in RANDOM else f"{predicted_slope(quantity, layer, layers):g}"
+            slope = "-" if line.slope is None else f"{line.slope:.2f}"
+            text.append(f"| {layer} | {RULES[rule].title} | {' | '.join(cells)} | {slope} | {theory} |")
+        text.append("")
+    return "\n".join(text)
+
+
+# Rules whose feedback is random: no width turns their gradients towards backprop's.
+RANDOM = tuple(rule for rule, spec in RULES.items() if spec.feedback)

@@ -1,0 +1,1 @@
+"""What identifies a run, and its folder: files, checkpoints, claims."""

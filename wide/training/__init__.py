@@ -1,0 +1,1 @@
+"""Training a run: the loop, tasks, devices, processes, and what is recorded."""
