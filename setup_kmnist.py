@@ -27,7 +27,7 @@ import numpy as np
 from wide import UserError
 from wide.command_line import setup
 from wide.data.datasets import ImageDataset
-from wide.runs.folder import replace, writing
+from wide.runs.files import replace, writing
 
 MOST_UNPACKED = 1032  # bytes that deflate makes of one, at most (zlib's technical details)
 

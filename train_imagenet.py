@@ -38,14 +38,14 @@ EXPERIMENTS = {
 
 
 def folders(data: DataOptions, device):
-    from wide.data.image_folders import FolderTask  # torchvision takes seconds to import
+    from wide.training.folder_task import FolderTask  # torchvision takes seconds to import
 
     return FolderTask(data.folder, STRIDES, device, data.workers)
 
 
 def generated(data: DataOptions, device):
-    from wide.data.image_folders import FolderTask
     from wide.data.shapes import shapes
+    from wide.training.folder_task import FolderTask
 
     return FolderTask(shapes(data.folder), STRIDES, device, data.workers)
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import align_rules
 from wide.models.networks import RecurrentNetwork
 from wide.models.rules import make_rule
-from wide.runs.folder import Run
+from wide.runs.run import Run
 
 CLASSES = 10
 

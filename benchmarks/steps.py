@@ -42,7 +42,7 @@ import train_kmnist
 from wide.data.datasets import Split
 from wide.grids.experiments import Experiment, Subject
 from wide.models.rules import RULES
-from wide.runs.folder import Run, effective_batch
+from wide.runs.run import Run, effective_batch
 from wide.training.devices import choose_device, choose_precision, device_name, usable_cores
 from wide.training.loop import Training
 from wide.training.memory import keep_memory

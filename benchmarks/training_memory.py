@@ -25,7 +25,7 @@ import train_imagenet
 from align_rules import RULES, Rule
 from wide.models.networks import ConvolutionalNetwork
 from wide.models.rules import make_rule
-from wide.runs.folder import Run
+from wide.runs.run import Run
 
 
 class Geometry(NamedTuple):

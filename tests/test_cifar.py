@@ -10,7 +10,8 @@ from running import script
 from small_data import made_up, write_cifar
 
 from train_cifar import EXPERIMENTS
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 
 
 @pytest.fixture(scope="module")

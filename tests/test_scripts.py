@@ -14,7 +14,8 @@ from comparing import assert_same
 from running import ROOT, script
 from small_data import made_up, write_kmnist
 
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 from wide.training.recorders import Angles
 
 RULES = ["backprop", "last_layer", "fa", "dfa", "align_prop", "align_ada", "align_zero"]

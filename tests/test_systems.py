@@ -10,9 +10,10 @@ import pytest
 from running import ROOT, script
 
 from wide import UserError
-from wide.data.image_folders import _cores
 from wide.reports.report import write_report
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
+from wide.training.folder_task import _cores
 from wide.training.processes import join
 
 RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50)

@@ -11,12 +11,12 @@ from pathlib import Path
 from align_rules import RULES
 from wide import UserError
 from wide.data.datasets import ImageDataset
+from wide.grids.alignment_experiments import score_files
 from wide.grids.experiments import Experiment, Subject
 from wide.grids.grid import Failures, run
 from wide.grids.study import Machine, Study
 from wide.options import PAPER_SEED, DataOptions, Options, ParallelOptions, RecordOptions, StepOptions
 from wide.reports import collecting
-from wide.reports.alignment_report import score_files
 from wide.training.devices import DEVICES, PRECISIONS
 from wide.training.memory import keep_memory
 from wide.training.processes import leave

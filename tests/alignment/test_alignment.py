@@ -10,14 +10,17 @@ import torch
 from golden_runs import image_task, load
 from running import script
 
-from wide.alignment.pairs import AlignmentScores, Pair, PairParameters, layer_scores
+from wide.alignment.pairs import PairParameters, layer_scores
 from wide.alignment.parameters import load as load_parameters
 from wide.alignment.scores import exact_score
 from wide.models.networks import ConvolutionalNetwork, RecurrentNetwork, draw
+from wide.models.pair import Pair
 from wide.reports.alignment_report import read_scores
-from wide.runs.folder import Run, RunFolder
-from wide.training.loop import Training, train
-from wide.training.recorders import KeptParameters
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
+from wide.training.loop import Training
+from wide.training.recorders import AlignmentScores, KeptParameters
+from wide.training.session import train
 from wide.training.tasks import AddTask
 
 PAIR = Run("add", "rnn", "pair", width=8, learning_rate=0.001, seed=99, batch_size=50, variant="published")

@@ -12,8 +12,9 @@ import train_kmnist
 from wide.grids.evaluation import Comparison, replay, restored
 from wide.options import DataOptions
 from wide.runs.checkpoints import DIGEST, sealed
-from wide.runs.folder import Run, RunFolder
-from wide.training.loop import Schedule, train
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
+from wide.training.session import Schedule, train
 from wide.training.tasks import AddTask
 
 RULES = ["backprop", "align_ada", "weight_mirror"]

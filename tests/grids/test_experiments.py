@@ -10,7 +10,7 @@ from wide.command_line import as_options, build_parser, parse
 from wide.grids.experiments import beside
 from wide.grids.pace import Pace, duration
 from wide.grids.study import Machine, Study
-from wide.runs.folder import Run
+from wide.runs.run import Run
 
 
 def planned(*words):

@@ -19,10 +19,12 @@ from wide import UserError
 from wide.command_line import main
 from wide.grids import grid
 from wide.grids.pace import Pace, makespan
-from wide.grids.parallel import in_order, look_around
+from wide.grids.parallel import in_order
 from wide.grids.study import Machine, Study
+from wide.grids.worker import look_around
 from wide.options import DataOptions, Options, ParallelOptions
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 from wide.training.processes import Processes
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wide.models import networks
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training.loop import Training
 from wide.training.tasks import AddTask
 

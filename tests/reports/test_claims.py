@@ -14,7 +14,8 @@ from running import ROOT, script
 from wide import UserError
 from wide.reports import claims, results
 from wide.reports.collecting import texts
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 
 KMNIST = {"dataset": "kmnist", "network": "cnn", "learning_rate": 5.0, "batch_size": 100}
 

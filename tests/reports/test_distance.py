@@ -10,7 +10,8 @@ from torch import nn
 
 from wide.reports import figures
 from wide.reports.distance_report import ANGLE, WEIGHT, Distance, make_lines, predicted_slope
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 from wide.training.recorders import layer_inputs, relative_change
 
 

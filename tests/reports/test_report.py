@@ -11,7 +11,8 @@ from wide.models.rules import RULES
 from wide.reports.figures import KINDS, draw_figure
 from wide.reports.report import as_csv, markdown
 from wide.reports.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, Summary, View, make_table
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 
 
 def summary(

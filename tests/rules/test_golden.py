@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_runs import BATCH, EPOCHS, RULES, SEEDS, image_task, load
 
-from wide.runs.folder import Run, effective_batch
+from wide.runs.run import Run, effective_batch
 from wide.training.loop import Training
 from wide.training.tasks import AddTask
 

@@ -9,7 +9,8 @@ import align_rules
 from wide.models import rules
 from wide.models.networks import RecurrentNetwork, draw
 from wide.models.rules import RULES, RuleSpec, make_rule
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 from wide.training.loop import Training
 from wide.training.tasks import AddTask
 

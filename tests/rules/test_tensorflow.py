@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import align_rules
-from wide.alignment.pairs import Pair
 from wide.models import networks
+from wide.models.pair import Pair
 
 if importlib.util.find_spec("tensorflow") is None:
     pytest.skip("TensorFlow is not installed", allow_module_level=True)

@@ -13,9 +13,10 @@ from comparing import assert_same, parameters, without_seconds
 from wide import UserError
 from wide.alignment.parameters import kept_pair
 from wide.runs.checkpoints import digest, sealed
-from wide.runs.folder import Run, RunFolder, Thrift
-from wide.training.loop import train
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 from wide.training.recorders import Angles, KeptParameters
+from wide.training.session import Thrift, train
 from wide.training.tasks import AddTask
 
 CPU = torch.device("cpu")

@@ -27,8 +27,9 @@ from wide.command_line import main
 from wide.grids.alignment_experiments import scored
 from wide.runs import files
 from wide.runs.files import mount_of, replace
-from wide.runs.folder import Run, RunFolder
-from wide.training.loop import train
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
+from wide.training.session import train
 from wide.training.tasks import AddTask
 
 JOBS = ("training", "download")

@@ -19,9 +19,11 @@ from wide import UserError
 from wide.reports.alignment_report import read_scores
 from wide.reports.tables import BEST_LOSS, Summary
 from wide.runs.checkpoints import Unusable, digest, sealed
-from wide.runs.folder import Run, RunFolder
-from wide.training.loop import Training, train
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
+from wide.training.loop import Training
 from wide.training.recorders import Angles
+from wide.training.session import train
 from wide.training.tasks import AddTask
 
 CPU = torch.device("cpu")

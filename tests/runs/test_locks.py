@@ -16,9 +16,10 @@ from wide import UserError
 from wide.reports.report import write_report
 from wide.runs import files, locks
 from wide.runs.files import temporary_name
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
 from wide.runs.locks import Busy, Claim
-from wide.training.loop import train
+from wide.runs.run import Run
+from wide.training.session import train
 from wide.training.tasks import AddTask
 
 RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50, variant="published")

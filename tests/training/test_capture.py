@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training.capture import WARM_UP, Captured
 from wide.training.loop import Training
 from wide.training.tasks import AddTask

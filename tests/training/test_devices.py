@@ -8,11 +8,12 @@ from running import script
 
 import align_rules
 from wide import UserError
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training import devices
 from wide.training.devices import choose_device, choose_precision, device_name, exact, memory_for
-from wide.training.loop import Averages, warm_up
+from wide.training.loop import Averages
 from wide.training.processes import join
+from wide.training.session import warm_up
 from wide.training.tasks import AddTask
 
 RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50, variant="published")

@@ -19,9 +19,10 @@ from running import command, script
 import align_rules
 from train_imagenet import EXPERIMENTS, STRIDES
 from wide import UserError
-from wide.data.image_folders import UNREADABLE, FolderTask, Images, read_image
+from wide.data.image_folders import UNREADABLE, Images, read_image
 from wide.data.shapes import COLOURS, FORMS, IMAGES, draw_shape, shapes
-from wide.runs.folder import Run
+from wide.runs.run import Run
+from wide.training.folder_task import FolderTask
 from wide.training.loop import Training
 
 CPU = torch.device("cpu")

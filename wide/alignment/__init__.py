@@ -1,1 +1,4 @@
-"""Pairs of networks and their alignment scores."""
+"""Alignment scores of pairs of networks.
+
+May import models and runs.
+"""

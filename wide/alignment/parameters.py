@@ -12,7 +12,8 @@ from wide import UserError
 from wide.alignment.pairs import PairParameters
 from wide.models.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
 from wide.runs.checkpoints import DIGEST, Unusable, read_sealed
-from wide.runs.folder import RunFolder, differences
+from wide.runs.folder import RunFolder
+from wide.runs.run import differences
 
 KINDS = {ConvolutionalNetwork: "cnn", FullyConnectedNetwork: "mlp", RecurrentNetwork: "rnn"}
 

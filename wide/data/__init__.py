@@ -1,1 +1,4 @@
-"""Datasets in memory and images in files: getting, reading and splitting them."""
+"""Datasets in memory and images in files: getting, reading and splitting them.
+
+May import runs.
+"""

@@ -1,1 +1,4 @@
-"""Experiments as asked for: which runs they are, carrying them out, one by one or side by side."""
+"""Experiments as they are asked for: which runs they are, and carrying them out, in turn or side by side.
+
+May import reports, training, alignment, models and runs.
+"""

@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
+from wide import UserError
+from wide.alignment.pairs import layer_scores
+from wide.alignment.parameters import KINDS, load_pair
 from wide.grids.experiments import Experiment, Subject
-from wide.reports.alignment_report import ScoreReport
+from wide.reports.alignment_report import COLUMNS, ScoreReport, layer_name
 
 
 def scored(subject: Subject) -> Subject:
@@ -50,3 +54,21 @@ def alignment_experiments(grid: Experiment, scored_after: int, timed_width: int)
             quick={**grid.quick, "widths": grid.quick["widths"][-1:]},
         ),
     }
+
+
+def score_files(subject: Subject, files: tuple[Path, Path, Path], shuffle_seed: int) -> str:
+    """A table of the scores of a pair of networks from three state_dicts: initial, trained and align.
+
+    Raises:
+        UserError: as for `load_pair`, or a kind of network that the subject does not have.
+    """
+    network, parameters = load_pair(*files, subject.strides)
+    if (kind := KINDS[type(network)]) not in subject.networks:
+        raise UserError(f"{files[0]} holds a network of the kind {kind}, which {subject.title} has not")
+    scores = layer_scores(network, parameters, subject.image_size, shuffle_seed)
+    lines = ["| layer | score | weights shuffled |", "|---|---|---|"]
+    for number in range(1, len(scores) // 2 + 1):
+        cells = [scores[f"{kind}_{number}"] for kind in COLUMNS]
+        texts = ["undefined" if value is None else f"{value:.4f}" for value in cells]
+        lines.append(f"| {layer_name(kind, number)} | {' | '.join(texts)} |")
+    return "\n".join(lines)

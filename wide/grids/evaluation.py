@@ -19,7 +19,8 @@ from wide import UserError
 from wide.alignment.parameters import kept_parameters
 from wide.grids.study import Study
 from wide.runs.folder import RunFolder
-from wide.training.loop import Training, restore
+from wide.training.loop import Training
+from wide.training.session import restore
 from wide.training.tasks import Task
 
 # By the end of a metric's name: of accuracies, in shares, and scores the difference; of losses the relative one.

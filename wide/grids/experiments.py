@@ -3,34 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from wide.options import PAPER_SEED, DataOptions, Options
 from wide.reports.report import TableReport
+from wide.reports.shown import Report
 from wide.reports.tables import Metrics, View
-from wide.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    import torch
-
-    from wide.grids.study import Study
-    from wide.training.tasks import Task
-
-
-class Report(Protocol):
-    """What an experiment shows of its runs."""
-
-    def check(self, study: "Study") -> None:
-        """Raise UserError, before any training, for what could not be shown."""
-
-    def has(self, study: "Study", folder: RunFolder) -> bool:
-        """Whether what it shows of a run is there, so that the run need not be trained."""
-
-    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
-        """The epochs whose alignment scores it shows, as far as they are named one by one."""
-
-    def write(self, study: "Study") -> str:
-        """Write the report, and return its text; UserError if there is nothing to show."""
+from wide.training.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +82,7 @@ class Subject:
 
     dataset: str
     title: str
-    task: "Callable[[DataOptions, torch.device], Task]"
+    task: Callable[[DataOptions, torch.device], Task]
     networks: tuple[str, ...]
     batch_size: int
     metrics: Metrics

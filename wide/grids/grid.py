@@ -1,27 +1,22 @@
-"""Carrying out a study: what is missing of its grid, training it, what failed, and how long it takes."""
+"""Carrying out a study: what is missing of its grid, and training it."""
 
-import contextlib
-import dataclasses
 import shutil
-import sys
 import tempfile
-import traceback
 
 from tqdm import tqdm
 
 from wide import UserError
 from wide.grids.batches import note_other_batches, require_same_batches
+from wide.grids.cluster import import_ray
 from wide.grids.evaluation import evaluate
-from wide.grids.pace import Pace, duration
+from wide.grids.one_run import Failures, Progress, say, train_one
+from wide.grids.pace import Pace
+from wide.grids.parallel import train_side_by_side
 from wide.grids.study import Study
 from wide.runs.files import writing
 from wide.runs.folder import FINISHED, RunFolder
-from wide.runs.locks import Busy
-from wide.training.loop import PREPARE, Schedule, Training, train, train_as_worker, warm_up
-from wide.training.recorders import Recorder
+from wide.training.session import PREPARE, train_as_worker
 from wide.training.tasks import Task
-
-Failures = list[tuple[RunFolder, str]]  # runs that are not finished, with the reason
 
 
 def run(study: Study) -> Failures:
@@ -59,17 +54,17 @@ def run_as_leader(study: Study) -> Failures:
     if study.options.action == "evaluate":
         return evaluate(study)
     if study.options.action == "report":
-        print(study.experiment.report.write(study))
+        print(study.experiment.report.write(study.shown))
         return []
     require_kept_epochs(study)
     if study.options.parallel:
         require_placing(study)
-    study.experiment.report.check(study)
+    study.experiment.report.check(study.shown)
     if study.subject.distributed:
         require_same_batches(study.options.step, study.folders)
     failures = train_missing(study)
     try:
-        print(study.experiment.report.write(study))
+        print(study.experiment.report.write(study.shown))
     except UserError:
         if not failures:
             raise
@@ -84,8 +79,6 @@ def require_kept_epochs(study: Study) -> None:
 
 def require_placing(study: Study) -> None:
     """Raise UserError, before any training, where runs cannot be placed side by side."""
-    from wide.grids.parallel import import_ray  # an optional extra
-
     if study.experiment.timed:
         raise UserError("the time of an epoch is measured here, which runs side by side would stretch; no --parallel")
     import_ray()
@@ -105,7 +98,7 @@ def train_missing(study: Study) -> Failures:
     Raises:
         UserError: missing data, settings that do not fit them, or an outputs folder that cannot be used.
     """
-    missing = [folder for folder in study.folders if not study.experiment.report.has(study, folder)]
+    missing = [folder for folder in study.folders if not study.experiment.report.has(study.shown, folder)]
     if not missing:
         return []
     study.processes.send(PREPARE)
@@ -114,11 +107,9 @@ def train_missing(study: Study) -> Failures:
     if study.kept_epochs:
         require_space(study, task, missing)
     count = f"{len(missing)} of {len(study.folders)} runs to train, {study.epochs} epochs each"
-    print(f"{study.title}: {count}", flush=True)
+    print(f"{study.shown.title}: {count}", flush=True)
     pace = Pace(len(task.splits["train"]), study.epochs)
     if study.options.parallel:
-        from wide.grids.parallel import train_side_by_side  # an optional extra
-
         del task  # the workers have their own
         failures = train_side_by_side(study, missing, pace)
     else:
@@ -141,68 +132,6 @@ def train_in_turn(study: Study, task: Task, missing: list[RunFolder], pace: Pace
             break
         say(outcome.message + progress.rest(folder))
     return failures
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How the training of a run went.
-
-    Args:
-        message: a line that says it.
-        reason: if the run is not finished, why.
-        busy: another process is training it.
-    """
-
-    message: str
-    reason: str | None = None
-    busy: bool = False
-
-
-def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress | None" = None) -> Outcome:
-    """Train one run; an error is part of the outcome, and its traceback of the run's folder."""
-    name = folder.run.name
-    try:
-        folder.require_checkpoint()
-    except UserError as error:  # nothing is written into what was kept
-        return Outcome(f"{name}: failed: {error}", str(error))
-    try:
-        if study.experiment.timed:
-            warm_up(task, folder.run)
-        if progress:
-            progress.pace.start()
-        recorders = [*study.recorders(), *([progress] if progress else [])]
-        schedule = Schedule(study.epochs, study.options.record.evaluate_every)
-        train(task, folder, schedule, recorders, study.processes)
-        if (status := folder.status(study.epochs)) not in FINISHED:
-            return Outcome(f"{name}: {status}", status)
-        return Outcome(summary_line(folder, study.epochs))
-    except Busy:
-        return Outcome(f"{name}: left to the process that is training it", "another process is training it", busy=True)
-    except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk must not stop the runs that follow
-            folder.error_path.write_text(traceback.format_exc(), encoding="utf-8")
-        return Outcome(f"{name}: failed: {first_line(error)}", f"{first_line(error)}; see {folder.error_path}")
-
-
-class Progress(Recorder):
-    """Says, once there is something to judge by, how long the runs that are missing will take."""
-
-    def __init__(self, study: Study, pace: Pace, missing: list[RunFolder]):
-        self.study, self.pace, self.missing = study, pace, missing
-        self.announced = False
-
-    def epoch(self, training: Training, folder: RunFolder) -> None:
-        self.pace.epoch(folder.run)
-        left = self.missing[self.missing.index(folder) :]
-        if self.pace.seen and not self.announced and len(left) > 1:
-            say(f"about {duration(self.pace.left(left))} left, judging by the first epochs")
-            self.announced = True
-
-    def rest(self, folder: RunFolder) -> str:
-        """In words, what is left behind this run."""
-        following = self.missing[self.missing.index(folder) + 1 :]
-        rest = [other for other in following if other.status(self.study.epochs) not in FINISHED]
-        return f"  [{len(rest)} runs, about {duration(self.pace.left(rest))} left]" if rest and self.pace.seen else ""
 
 
 def require_trainable(study: Study, task: Task, missing: list[RunFolder]) -> None:
@@ -229,24 +158,3 @@ def require_space(study: Study, task: Task, missing: list[RunFolder]) -> None:
     print(f"they will take up to {needed / 1e9:.2g} GB of disk; {free / 1e9:.3g} GB are free", flush=True)
     if needed > free:
         raise UserError(f"{study.outputs} has not that much space; use fewer --widths or another --outputs")
-
-
-def say(message: str) -> None:
-    """Print a line above whatever bars there are."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    text = str(error).strip().splitlines()
-    return (text[0] if isinstance(error, UserError) else f"{type(error).__name__}: {text[0]}") if text else repr(error)
-
-
-def summary_line(folder: RunFolder, epochs: int) -> str:
-    """How a finished run went."""
-    rows = folder.rows()
-    metrics = {name: value for name, value in rows[-1].items() if name.endswith(("loss", "accuracy"))}
-    shown = "  ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in metrics.items() if v is not None)
-    seconds = sum(row["seconds"] for row in rows)
-    return f"{folder.run.name}: {folder.status(epochs)} at epoch {len(rows)}, {seconds:.1f} s  {shown}"

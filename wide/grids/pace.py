@@ -7,7 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
-from wide.runs.folder import Run, RunFolder
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run
 
 
 class Pace:

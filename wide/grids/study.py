@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from wide import UserError
-from wide.alignment.pairs import AlignmentScores
 from wide.grids.batches import batches_of_a_step
 from wide.grids.experiments import Experiment, Subject, beside
 from wide.models.rules import RULES
 from wide.options import PAPER_SEED, Options
-from wide.runs.folder import Run, RunFolder, effective_batch
+from wide.reports.shown import Shown
+from wide.runs.folder import RunFolder
+from wide.runs.run import Run, effective_batch
 from wide.training.devices import choose_algorithms, choose_device, choose_precision, device_name
 from wide.training.processes import ALONE, Processes, join
-from wide.training.recorders import Angles, Changes, KeptParameters, Recorder
+from wide.training.recorders import AlignmentScores, Angles, Changes, KeptParameters, Recorder
 from wide.training.tasks import Task
 
 
@@ -80,10 +81,6 @@ class Study:
         return study
 
     @property
-    def title(self) -> str:
-        return f"{self.subject.title}: {self.experiment.title}"
-
-    @property
     def epochs(self) -> int:
         return self.experiment.epochs
 
@@ -95,11 +92,6 @@ class Study:
     def outputs(self) -> Path:
         """The folder of the subject's runs and reports."""
         return self.options.outputs / self.subject.dataset
-
-    @property
-    def report_path(self) -> Path:
-        """Of the report's files, without a suffix."""
-        return self.outputs / f"{self.subject.stem}_{self.options.experiment}"
 
     @functools.cached_property
     def runs(self) -> list[Run]:
@@ -121,6 +113,25 @@ class Study:
         runs = self._runs_of(self.compared) if self.compared else []
         return [RunFolder(self.options.outputs, run) for run in runs if run not in self.runs]
 
+    @functools.cached_property
+    def shown(self) -> Shown:
+        """What the report is handed."""
+        subject = self.subject
+        return Shown(
+            path=self.outputs / f"{subject.stem}_{self.options.experiment}",
+            title=f"{subject.title}: {self.experiment.title}",
+            epochs=self.epochs,
+            folders=self.folders,
+            compared_folders=self.compared_folders,
+            view=self.experiment.view,
+            metrics=self.experiment.metrics or subject.metrics,
+            references=functools.partial(subject.references, self.options.data),
+            examples=subject.examples,
+            image_size=subject.image_size,
+            strides=subject.strides,
+            record=self.options.record,
+        )
+
     def task(self) -> Task:
         """Read the data.
 
@@ -139,7 +150,7 @@ class Study:
         record = self.options.record
         keep = self.experiment.keep if record.keep is None else record.keep
         if record.shuffle_seed != PAPER_SEED:  # controls in metrics.csv are of the published seed
-            keep = tuple(sorted({0, *keep, *self.experiment.report.scored_epochs(self)}))
+            keep = tuple(sorted({0, *keep, *self.experiment.report.scored_epochs(self.shown)}))
         return keep
 
     def recorders(self) -> list[Recorder]:

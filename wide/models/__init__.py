@@ -1,1 +1,4 @@
-"""Networks, their parameterisation and published draws, and what scripts need to know of each rule."""
+"""The paper's networks, their published draws, and what scripts need to know of each rule.
+
+May import runs.
+"""

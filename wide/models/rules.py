@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import align_rules
-from wide.alignment.pairs import Pair
 from wide.models.networks import Parameterised, draw
-from wide.runs.folder import Run
+from wide.models.pair import Pair
+from wide.runs.run import Run
 
 # A recurrent network's learned initial state: an activity that learns, and no weight.
 STATE = ("initial_state",)

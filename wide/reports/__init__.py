@@ -1,1 +1,4 @@
-"""What is shown of runs: tables, figures, texts, and the paper's claims."""
+"""What is shown of runs: tables, figures, texts, and the paper's claims.
+
+May import training, alignment, models and runs.
+"""

@@ -4,21 +4,17 @@ import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from wide import UserError
 from wide.alignment.pairs import layer_scores
-from wide.alignment.parameters import KINDS, kept_pair, load_pair
+from wide.alignment.parameters import kept_pair
 from wide.options import PAPER_SEED
 from wide.reports.report import figures, write_report
+from wide.reports.shown import Shown
 from wide.reports.tables import data_text, settings_text, unusual_text
 from wide.runs.files import csv_text
 from wide.runs.folder import FINISHED, RunFolder
-
-if TYPE_CHECKING:
-    from wide.grids.experiments import Subject
-    from wide.grids.study import Study
 
 COLUMNS = ("score", "control")
 TABLE_EPOCHS = 10  # columns of the table of scores against time; the .csv has every epoch
@@ -49,16 +45,16 @@ def read_scores(folder: RunFolder, epochs: int) -> list[LayerScore]:
         raise folder.damaged(folder.metrics_path, ValueError("its columns are not score_1, control_1, ...")) from error
 
 
-def kept_scores(study: "Study", folder: RunFolder, epochs: set[int]) -> list[LayerScore]:
+def kept_scores(shown: Shown, folder: RunFolder, epochs: set[int]) -> list[LayerScore]:
     """The scores of a run from the parameters that it kept, after those of these epochs whose parameters are there.
 
     Raises:
         UserError: a file is damaged, or of another network.
     """
-    subject, scores = study.subject, []
+    scores = []
     for epoch in sorted(epochs & folder.kept_epochs()):
-        network, parameters = kept_pair(folder, epoch, subject.strides)
-        found = layer_scores(network, parameters, subject.image_size, study.options.record.shuffle_seed)
+        network, parameters = kept_pair(folder, epoch, shown.strides)
+        found = layer_scores(network, parameters, shown.image_size, shown.record.shuffle_seed)
         scores += _of_layers(folder, epoch, found)
     return scores
 
@@ -68,13 +64,13 @@ def _of_layers(folder: RunFolder, epoch: int, row: Mapping[str, float | None]) -
     place = (folder.run.width, folder.run.seed, epoch)
     numbers = [int(name.removeprefix("score_")) for name in row if name.startswith("score_")]
     return [
-        LayerScore(*place, _layer_name(folder.run.network, number), score, row[f"control_{number}"])
+        LayerScore(*place, layer_name(folder.run.network, number), score, row[f"control_{number}"])
         for number in numbers
         if (score := row[f"score_{number}"]) is not None
     ]
 
 
-def _layer_name(network: str, number: int) -> str:
+def layer_name(network: str, number: int) -> str:
     return "W_hh" if network == "rnn" else f"layer {number}"
 
 
@@ -88,7 +84,7 @@ def mean_text(scores: list[LayerScore], kind: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreReport:
-    """Scores per layer (see experiments.Report).
+    """Scores per layer (see shown.Report).
 
     Those taken while the pairs trained are read from metrics.csv; where there are none, or the control is asked for
     with another seed of the shuffle, they are computed from the parameters that the runs kept.
@@ -99,90 +95,72 @@ class ScoreReport:
 
     against: str
 
-    def check(self, study: "Study") -> None:
-        if len(study.experiment.data_limits) > 1:
+    def check(self, shown: Shown) -> None:
+        if len({run.data_limit for run in shown.runs}) > 1:
             raise UserError("--data-limits takes one value here; for others run the command again")
-        scored, last = study.options.record.score_epochs, study.epochs
-        missing = any(not self.has(study, folder) for folder in study.folders)
+        scored, last = shown.record.score_epochs, shown.epochs
+        missing = any(not self.has(shown, folder) for folder in shown.folders)
         if self.against == "width" and missing and scored and last not in scored:
             raise UserError(f"scores after epoch {last} are shown; add {last} to --score-epochs")
 
-    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
-        return (study.epochs,) if self.against == "width" else study.options.record.score_epochs or ()
+    def scored_epochs(self, shown: Shown) -> tuple[int, ...]:
+        return (shown.epochs,) if self.against == "width" else shown.record.score_epochs or ()
 
-    def asked(self, study: "Study") -> set[int]:
+    def asked(self, shown: Shown) -> set[int]:
         """The epochs whose scores are shown, where they are there."""
-        return set(self.scored_epochs(study) or range(1, study.epochs + 1))
+        return set(self.scored_epochs(shown) or range(1, shown.epochs + 1))
 
-    def has(self, study: "Study", folder: RunFolder) -> bool:
-        if folder.status(study.epochs) in FINISHED:
+    def has(self, shown: Shown, folder: RunFolder) -> bool:
+        if folder.status(shown.epochs) in FINISHED:
             return True
-        taken = {score.epoch for score in self.taken(study, folder)}
-        return self.asked(study) <= taken | folder.kept_epochs()
+        taken = {score.epoch for score in self.taken(shown, folder)}
+        return self.asked(shown) <= taken | folder.kept_epochs()
 
-    def taken(self, study: "Study", folder: RunFolder) -> list[LayerScore]:
+    def taken(self, shown: Shown, folder: RunFolder) -> list[LayerScore]:
         """What was asked for and scored while the run trained, with the published seed of the shuffle."""
-        if study.options.record.shuffle_seed != PAPER_SEED:
+        if shown.record.shuffle_seed != PAPER_SEED:
             return []
-        asked = self.asked(study)
-        return [score for score in read_scores(folder, study.epochs) if score.epoch in asked]
+        asked = self.asked(shown)
+        return [score for score in read_scores(folder, shown.epochs) if score.epoch in asked]
 
-    def scores(self, study: "Study", folder: RunFolder) -> list[LayerScore]:
-        taken = self.taken(study, folder)
-        lacking = self.asked(study) - {score.epoch for score in taken}
-        return sorted([*taken, *kept_scores(study, folder, lacking)], key=lambda score: score.epoch)
+    def scores(self, shown: Shown, folder: RunFolder) -> list[LayerScore]:
+        taken = self.taken(shown, folder)
+        lacking = self.asked(shown) - {score.epoch for score in taken}
+        return sorted([*taken, *kept_scores(shown, folder, lacking)], key=lambda score: score.epoch)
 
-    def write(self, study: "Study") -> str:
+    def write(self, shown: Shown) -> str:
         sections = defaultdict(list)
-        for folder in study.folders:
-            for score in self.scores(study, folder):
+        for folder in shown.folders:
+            for score in self.scores(shown, folder):
                 sections["" if self.against == "width" else f"width {score.width}"].append(score)
         if not sections:
-            raise UserError(self.nothing(study))
-        after = f", after epoch {study.epochs}" if self.against == "width" else ""
-        title = study.title + after + unusual_text(study.runs)
+            raise UserError(self.nothing(shown))
+        after = f", after epoch {shown.epochs}" if self.against == "width" else ""
+        title = shown.title + after + unusual_text(shown.runs)
 
         def draw(file: BinaryIO) -> None:
             figures().draw_scores(file, title, sections, self.against)
 
-        text = _markdown(title, sections, self.against, study)
+        text = _markdown(title, sections, self.against, shown)
         rows = csv_text([dataclasses.asdict(score) for scores in sections.values() for score in scores], header=True)
-        return write_report(study.report_path, rows, text, draw)
+        return write_report(shown.path, rows, text, draw)
 
-    def nothing(self, study: "Study") -> str:
+    def nothing(self, shown: Shown) -> str:
         """Why there is nothing to show, in a line."""
-        if study.options.record.shuffle_seed != PAPER_SEED:
+        if shown.record.shuffle_seed != PAPER_SEED:
             return "--shuffle-seed: no parameters are kept after these epochs; see --score-epochs, --keep-parameters"
         if self.against == "width":
             trained = "no pair of networks was trained that far and scored (--score-epochs)"
-            return f"no scores after epoch {study.epochs}: {trained}"
+            return f"no scores after epoch {shown.epochs}: {trained}"
         return "no scores at these epochs; choose others with --score-epochs, or delete the run to score them"
 
 
-def score_files(subject: "Subject", files: tuple[Path, Path, Path], shuffle_seed: int) -> str:
-    """A table of the scores of a pair of networks from three state_dicts: initial, trained and align.
-
-    Raises:
-        UserError: as for `load_pair`, or a kind of network that the subject does not have.
-    """
-    network, parameters = load_pair(*files, subject.strides)
-    if (kind := KINDS[type(network)]) not in subject.networks:
-        raise UserError(f"{files[0]} holds a network of the kind {kind}, which {subject.title} has not")
-    scores = layer_scores(network, parameters, subject.image_size, shuffle_seed)
-    lines = ["| layer | score | weights shuffled |", "|---|---|---|"]
-    for number in range(1, len(scores) // 2 + 1):
-        cells = [scores[f"{kind}_{number}"] for kind in COLUMNS]
-        texts = ["undefined" if value is None else f"{value:.4f}" for value in cells]
-        lines.append(f"| {_layer_name(kind, number)} | {' | '.join(texts)} |")
-    return "\n".join(lines)
-
-
-def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, study: "Study") -> str:
-    runs, seeds = study.runs, len({run.seed for run in study.runs})
+def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str, shown: Shown) -> str:
+    runs, seeds = shown.runs, len({run.seed for run in shown.runs})
     spread = "mean ± standard deviation over seeds; " if seeds > 1 else ""
-    seed = study.options.record.shuffle_seed
+    seed = shown.record.shuffle_seed
     shuffle = f"; shuffled with seed {seed}" if seed != PAPER_SEED else ""
-    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; {data_text(study.folders)}."
+    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; {data_text(shown.folders)}."
     lines = [f"# {title}", "", legend, ""]
     shown = {(score.width, score.seed) for scores in sections.values() for score in scores}
     if absent := [run.name for run in runs if (run.width, run.seed) not in shown]:

@@ -24,25 +24,18 @@ import csv
 import dataclasses
 import math
 import statistics
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from wide import UserError
 from wide.models.rules import RULES
+from wide.reports.distances import ACTIVITY, ANGLE, TITLES, WEIGHT, predicted_slope
 from wide.reports.report import figures, write_report
+from wide.reports.shown import Shown
 from wide.reports.tables import data_text, settings_text, unusual_text
 from wide.runs.files import csv_text
 from wide.runs.folder import FINISHED, RunFolder
 from wide.training.recorders import Angles, Changes
 
-if TYPE_CHECKING:
-    from wide.grids.study import Study
-
-ANGLE, ACTIVITY, WEIGHT = "degrees_to_backprop", "relative_activity_change", "relative_weight_change"
-TITLES = {
-    ANGLE: "angle to backprop's gradient (degrees)",
-    ACTIVITY: "relative change of the activity that it reads",
-    WEIGHT: "relative change of its weight",
-}
 EXACT = 0.05  # degrees: what rounding in single precision makes of equal gradients
 
 
@@ -76,11 +69,6 @@ class Line:
         if len(self.widths) < 3 or min(self.means) <= 0:
             return None
         return statistics.linear_regression([math.log(w) for w in self.widths], [math.log(m) for m in self.means]).slope
-
-
-def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float:
-    """The exponent of the width (see the docstring of the module), of a smooth activation function."""
-    return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
 
 
 def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
@@ -132,53 +120,53 @@ def _line(by_width: dict[int, list[float]]) -> Line:
 
 
 class DistanceReport:
-    """Angles, and changes of activities and weights, against width (see experiments.Report)."""
+    """Angles, and changes of activities and weights, against width (see shown.Report)."""
 
-    def check(self, study: "Study") -> None:
-        if len(study.experiment.data_limits) * len(study.experiment.learning_rates) > 1:
+    def check(self, shown: Shown) -> None:
+        if len({(run.data_limit, run.learning_rate) for run in shown.runs}) > 1:
             raise UserError("--data-limits and --learning-rates take one value here; for others run the command again")
 
-    def has(self, study: "Study", folder: RunFolder) -> bool:
-        return folder.status(study.epochs) in FINISHED
+    def has(self, shown: Shown, folder: RunFolder) -> bool:
+        return folder.status(shown.epochs) in FINISHED
 
-    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+    def scored_epochs(self, shown: Shown) -> tuple[int, ...]:
         return ()
 
-    def write(self, study: "Study") -> str:
-        distances = [d for folder in study.folders for d in read_distances(folder, study.epochs)]
+    def write(self, shown: Shown) -> str:
+        distances = [d for folder in shown.folders for d in read_distances(folder, shown.epochs)]
         if not distances:
             raise UserError(
-                f"no run has {Angles.file} of epoch {study.epochs}; delete {study.outputs} to train them anew"
+                f"no run has {Angles.file} of epoch {shown.epochs}; delete {shown.path.parent} to train them anew"
             )
-        updates = self.updates(study)
-        title = f"{study.title}, after {updates} updates{unusual_text(study.runs)}"
+        updates = self.updates(shown)
+        title = f"{shown.title}, after {updates} updates{unusual_text(shown.runs)}"
         lines = make_lines(distances)
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
 
         def draw(file: BinaryIO) -> None:
             figures().draw_distances(file, title, lines, layers)
 
-        text = _markdown(title, lines, layers, study)
+        text = _markdown(title, lines, layers, shown)
         return write_report(
-            study.report_path,
+            shown.path,
             csv_text([dataclasses.asdict(distance) for distance in distances], header=True),
             text,
             draw,
         )
 
-    def updates(self, study: "Study") -> int:
+    def updates(self, shown: Shown) -> int:
         """Those before what is recorded: all but the last of the epoch."""
-        run = study.runs[0]
-        return study.epochs * (run.data_limit or study.subject.examples) // run.batch_size - 1
+        run = shown.runs[0]
+        return shown.epochs * (run.data_limit or shown.examples) // run.batch_size - 1
 
 
-def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") -> str:
+def _markdown(title: str, lines: dict, layers: tuple[str, ...], shown: Shown) -> str:
     counts = sorted({count for line in lines.values() for count in line.counts})
     seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     legend = (
         f"Geometric mean over n = {seeds} seeds per width, before the last update; slope: of log(mean) against "
-        f"log(width), by least squares; theory: see wide/reports/distance_report.py; {settings_text(study.runs)}; "
-        f"{data_text(study.folders)}."
+        f"log(width), by least squares; theory: see wide/reports/distance_report.py; {settings_text(shown.runs)}; "
+        f"{data_text(shown.folders)}."
     )
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():

@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 from matplotlib.transforms import offset_copy
 
 from wide.models.rules import RULES
-from wide.reports.distance_report import TITLES, predicted_slope
+from wide.reports.distances import TITLES, predicted_slope
 from wide.reports.tables import Cell, Table, section_text
 
 AXIS_LABELS = {

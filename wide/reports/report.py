@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from wide.models.rules import RULES
+from wide.reports.shown import Shown
 from wide.reports.tables import (
     Metrics,
     Summary,
@@ -24,45 +25,42 @@ from wide.reports.tables import (
 from wide.runs.files import replace, replace_text, sweep, writing
 from wide.runs.folder import FINISHED, RunFolder
 
-if TYPE_CHECKING:
-    from wide.grids.study import Study
-
 
 class TableReport:
-    """The table of rules and its figure: what an experiment shows of its runs by default (see experiments.Report)."""
+    """The table of rules and its figure: what an experiment shows of its runs by default (see shown.Report)."""
 
-    def check(self, study: "Study") -> None:
+    def check(self, shown: Shown) -> None:
         """Everything can be shown."""
 
-    def has(self, study: "Study", folder: RunFolder) -> bool:
-        return folder.status(study.epochs) in FINISHED
+    def has(self, shown: Shown, folder: RunFolder) -> bool:
+        return folder.status(shown.epochs) in FINISHED
 
-    def scored_epochs(self, study: "Study") -> tuple[int, ...]:
+    def scored_epochs(self, shown: Shown) -> tuple[int, ...]:
         return ()
 
-    def write(self, study: "Study") -> str:
-        metrics = study.experiment.metrics or study.subject.metrics
-        summaries = [Summary.read(folder, study.epochs, metrics) for folder in study.folders]
-        beside = self.beside(study, summaries, metrics)
-        table = make_table(study.experiment.view, [*summaries, *beside], metrics)
-        references = study.subject.references(study.options.data)
-        title = study.title + unusual_text([summary.run for summary in summaries])
+    def write(self, shown: Shown) -> str:
+        metrics = shown.metrics
+        summaries = [Summary.read(folder, shown.epochs, metrics) for folder in shown.folders]
+        beside = self.beside(shown, summaries, metrics)
+        table = make_table(shown.view, [*summaries, *beside], metrics)
+        references = shown.references()
+        title = shown.title + unusual_text([summary.run for summary in summaries])
         runs = [summary.run for summary in (*summaries, *beside)]
         settings = settings_text(runs, ("optimizer", "learning_rate", "data_limit", "seed", "decay"))
         # So that figures can be told apart.
-        drawn = f"{title}\n{study.epochs} epoch{'s' * (study.epochs > 1)}, {settings}"
-        examples = max((n for s in summaries if (n := s.training_images)), default=study.subject.examples)
+        drawn = f"{title}\n{shown.epochs} epoch{'s' * (shown.epochs > 1)}, {settings}"
+        examples = max((n for s in summaries if (n := s.training_images)), default=shown.examples)
 
         def draw(file: BinaryIO) -> None:
             figures().draw_figure(file, drawn, table, references, examples)
 
         text = markdown(title, table, [*summaries, *beside], references)
-        return write_report(study.report_path, as_csv(summaries), text, draw)
+        return write_report(shown.path, as_csv(summaries), text, draw)
 
-    def beside(self, study: "Study", summaries: list[Summary], metrics: Metrics) -> list[Summary]:
+    def beside(self, shown: Shown, summaries: list[Summary], metrics: Metrics) -> list[Summary]:
         """Finished runs of another experiment on the same data, for comparison; they are not in the .csv."""
         data = {summary.data for summary in summaries}
-        compared = [Summary.read(folder, study.epochs, metrics) for folder in study.compared_folders]
+        compared = [Summary.read(folder, shown.epochs, metrics) for folder in shown.compared_folders]
         return [summary for summary in compared if summary.status == "done" and summary.data in data]
 
 

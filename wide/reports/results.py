@@ -20,7 +20,8 @@ import torch
 from wide import UserError
 from wide.models.rules import RULES
 from wide.runs.files import replace_text, writing
-from wide.runs.folder import FINISHED, Run, RunFolder
+from wide.runs.folder import FINISHED, RunFolder
+from wide.runs.run import Run
 from wide.training.devices import device_name
 
 ROOT = Path(__file__).parents[2]

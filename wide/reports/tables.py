@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 
 from wide import UserError
-from wide.runs.folder import FINISHED, Run, RunFolder
+from wide.runs.folder import FINISHED, RunFolder
+from wide.runs.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

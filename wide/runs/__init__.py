@@ -1,1 +1,4 @@
-"""What identifies a run, and its folder: files, checkpoints, claims."""
+"""What identifies a run, and its folder: files, checkpoints, claims.
+
+May import no other room.
+"""

@@ -1,4 +1,4 @@
-"""One run: what identifies it, and the folder that keeps it.
+"""The folder that keeps a run.
 
 outputs/<dataset>/<name>/ holds config.json (the identity, and where and with what each session trained), metrics.csv
 (a row per epoch, flushed), checkpoint.pt (all that is needed to go on, replaced atomically), the files of recorders
@@ -12,7 +12,6 @@ its numbers are, so a longer experiment goes on where a shorter one stopped, and
 """
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import json
@@ -21,7 +20,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,71 +30,12 @@ from wide import UserError
 from wide.runs.checkpoints import DIGEST, Unusable, read_sealed, require_finite, sealed
 from wide.runs.files import append_rows, csv_text, keep_rows, replace, replace_text, sweep, whole_lines, writing
 from wide.runs.locks import Claim
+from wide.runs.metrics import read_rows
+from wide.runs.run import Run, differences
 
 # Of a run's folder: from 2 on its checkpoint says what it belongs to, and one that does not is none of its own.
 FORMAT = 2
 LONGEST_PATH = 200 if os.name == "nt" else 3900  # characters, or bytes, of a folder's; its files need some more
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything that determines a run's numbers. Settings at their usual value do not appear in its name."""
-
-    dataset: str
-    network: str  # cnn, mlp or rnn
-    rule: str
-    width: int
-    learning_rate: float
-    seed: int
-    batch_size: int
-    data_limit: int | None = None
-    optimizer: str = "sgd"
-    parameterisation: str = "ntk"
-    variant: str | None = None
-    precision: str = "fp32"
-    timed_on: str | None = None  # the device, for runs whose time is the result
-    batches: int = 1  # per step, each normalised by itself
-    decay: float = 0.0  # of weights: L2, as torch's optimisers take it
-    rule_variant: str | None = None  # of rules that come in several
-
-    @property
-    def name(self) -> str:
-        words = [self.network, self.rule, f"width{self.width}", f"lr{self.learning_rate:g}", f"seed{self.seed}"]
-        words.append(self.batches_name)
-        if self.data_limit is not None:
-            words.append(f"images{self.data_limit}")
-        unusual = {"sgd", "ntk", None, "fp32"}
-        words += [
-            word
-            for word in (self.parameterisation, self.optimizer, self.variant, self.precision, self.rule_variant)
-            if word not in unusual
-        ]
-        if self.decay:
-            words.append(f"decay{self.decay:g}")
-        if self.timed_on is not None:
-            words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
-        return "-".join(words)
-
-    @property
-    def batches_name(self) -> str:
-        return f"batch{self.batch_size}" + (f"x{self.batches}" if self.batches > 1 else "")
-
-    def settings(self) -> dict[str, object]:
-        """What describes the run in its config.json and in tables."""
-        values = dataclasses.asdict(self)
-        return {name: v for name, v in values.items() if name not in _OF_SOME_RULES or v != _USUAL[name]}
-
-
-# Settings that only some rules have; the others' runs are described without them.
-_OF_SOME_RULES = ("decay", "rule_variant")
-_USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
-
-
-def effective_batch(batch_size: int, data_limit: int | None) -> int:
-    """The batch size for limited data, so that the data are a whole number of batches (spec: published rule)."""
-    if data_limit is None:
-        return batch_size
-    return data_limit if batch_size > data_limit else math.gcd(batch_size, data_limit)
 
 
 FINISHED = ("done", "diverged")  # states of a run that need no more training
@@ -151,21 +90,10 @@ class RunFolder:
         Raises:
             UserError: they are damaged, or not those of epochs 1, 2, 3 and so on.
         """
-        if not self.metrics_path.exists():
-            return []
         try:
-            lines = whole_lines(self.metrics_path)
-            reader = csv.DictReader(lines, strict=True)
-            rows = [{key: _number(value) for key, value in row.items()} for row in reader]
-            if len(set(reader.fieldnames or ())) != len(reader.fieldnames or ()):
-                raise ValueError("two columns have one name")
-            if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-                raise ValueError("its rows are not those of consecutive epochs")
-            if not all(isinstance(row["train_loss"], int | float) for row in rows):
-                raise ValueError("a row has no train_loss")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            return read_rows(self.metrics_path) if self.metrics_path.exists() else []
+        except (OSError, ValueError) as error:
             raise self.damaged(self.metrics_path, error) from error
-        return rows
 
     def damaged(self, path: Path, error: Exception) -> UserError:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -409,38 +337,6 @@ class RunFolder:
             replace_text(self.metrics_path, text)
 
 
-def _same(mine: object, theirs: object) -> bool:
-    """Whether two settings are equal; what is no setting, such as a tensor in a file of another program, is not."""
-    return isinstance(theirs, str | int | float | None) and mine == theirs
-
-
-def differences(mine: Mapping[str, object], theirs: object) -> str:
-    """In words, where another identity of a run differs from this one; empty where it does not."""
-    if not isinstance(theirs, Mapping):
-        return "no settings"
-    # A setting that came into use after a run was made had its usual value then.
-    mine, theirs = _USUAL | mine, _USUAL | theirs
-    differing = sorted(key for key in mine.keys() | theirs.keys() if not _same(mine.get(key), theirs.get(key)))
-    return ", ".join(f"{key} {theirs.get(key)!r} instead of {mine.get(key)!r}" for key in differing)
-
-
-class Thrift:
-    """Says when to save again, so that saving takes at most a twentieth of the time."""
-
-    def __init__(self):
-        self.cost = self.last = 0.0
-
-    def due(self) -> bool:
-        return time.perf_counter() - self.last >= 20 * self.cost
-
-    @contextlib.contextmanager
-    def saving(self):
-        start = time.perf_counter()
-        yield
-        self.last = time.perf_counter()
-        self.cost = self.last - start
-
-
 def git_commit() -> str | None:
     """The commit of this code, with a plus where files differ from it; None outside a repository."""
     here = Path(__file__).parent
@@ -450,19 +346,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-# As Python writes them; it would also read 1_0 and digits of other scripts.
-_INTEGER, _REAL = re.compile(r"-?[0-9]+"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?|nan|-?inf")
-
-
-def _number(text: str) -> float | None:
-    if not text:
-        if text is None:
-            raise ValueError("a row is cut off")
-        return None
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if not _REAL.fullmatch(text):
-        raise ValueError(f"{text[:20]!r} is no number")
-    return float(text)

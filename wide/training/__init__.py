@@ -1,1 +1,4 @@
-"""Training a run: the loop, tasks, devices, processes, and what is recorded."""
+"""Training a run: tasks, the loop, devices, processes, and what is recorded.
+
+May import alignment, models, data and runs.
+"""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from wide import UserError
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training.processes import local_rank
 
 PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")

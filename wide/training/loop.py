@@ -1,46 +1,32 @@
-"""The training loop, one for all tasks, networks and rules; and a run's life, from its checkpoint on."""
+"""The training loop, one for all tasks, networks and rules."""
 
 import contextlib
-import dataclasses
-import io
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wide import UserError
 from wide.models.networks import synchronise_normalisation
 from wide.models.rules import RULES, nothing_between
-from wide.runs.checkpoints import (
-    DIGEST,
-    Unusable,
-    pack_stream,
-    require_same_optimizer,
-    require_same_tensors,
-    unpack_stream,
-)
-from wide.runs.folder import Run, RunFolder, Thrift
+from wide.runs.run import Run
 from wide.training.capture import Captured
-from wide.training.devices import device_name, exact, finish, memory_for
-from wide.training.optimizers import make_optimizer
+from wide.training.devices import exact, finish
+from wide.training.learner import Learner, full
 from wide.training.processes import ALONE, Processes
 from wide.training.recorders import Recorder
 from wide.training.tasks import Task
 
 
-class Training:
+class Training(Learner):
     """A run in progress.
 
     Attributes:
-        rule: the network in its rule; `optimizer` steps the parameters that learn.
         alone: whether a step is one whole batch, in this process.
-        stream: the generator of the orders of batches, seeded with the run's seed when training starts.
-        epoch: the number of epochs trained.
 
     Args:
         processes: those that train together. Every step's batches are shared out among them; where a step is one batch,
@@ -49,17 +35,13 @@ class Training:
     """
 
     def __init__(self, task: Task, run: Run, processes: Processes = ALONE, recorders: Sequence[Recorder] = ()):
-        self.task, self.run, self.processes, self.recorders = task, run, processes, recorders
-        self.rule = task.rule(run)
+        super().__init__(task, run)
+        self.processes, self.recorders = processes, recorders
         self.alone = run.batches == 1 and processes.count == 1
         self.split_batches = run.batches == 1 and processes.count > 1
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
-        learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(run, learning)
         self.captured = Captured(lambda *batch: self.update([batch]), task.device) if self.can_be_captured() else None
-        self.stream = np.random.RandomState(run.seed)
-        self.epoch = 0
         self.aside_seconds = 0.0  # of this epoch, on recorders
 
     def can_be_captured(self) -> bool:
@@ -70,34 +52,6 @@ class Training:
         """
         plain = RULES[self.run.rule].between_steps is nothing_between and type(self.optimizer) is torch.optim.SGD
         return self.task.device.type == "cuda" and self.alone and plain
-
-    def state(self) -> dict:
-        """What a checkpoint holds."""
-        return {
-            "epoch": self.epoch,
-            "rule": self.rule.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "stream": pack_stream(self.stream),
-        }
-
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters that learn, by name in the rule."""
-        return {name: p.detach() for name, p in self.rule.named_parameters() if p.requires_grad}
-
-    def restore(self, state: dict) -> None:
-        """Go on from what `state` gave.
-
-        Raises:
-            Unusable: it is none of this run, as far as that shows in names, shapes, types and settings.
-        """
-        if lacking := self.state().keys() - state.keys():
-            raise Unusable(f"it lacks {', '.join(sorted(lacking))}")
-        require_same_tensors(state["rule"], self.rule.state_dict(), "rule")
-        require_same_optimizer(state["optimizer"], self.optimizer)
-        self.stream = unpack_stream(state["stream"])
-        self.rule.load_state_dict(state["rule"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch = state["epoch"]
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Train for an epoch; after each update yield the outputs, targets and loss that it was made from.
@@ -143,7 +97,7 @@ class Training:
                 outputs = self.rule(inputs)
             loss = self.loss(outputs, targets)
             (loss if self.alone else loss * len(targets)).backward()
-            made.append((_full(outputs).detach(), targets, loss.detach()))
+            made.append((full(outputs).detach(), targets, loss.detach()))
         if not self.alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
         if last and self.recorders and len(targets):
@@ -173,10 +127,6 @@ class Training:
         outputs, targets = (torch.cat([part[k] for part in made]) for k in range(2))
         return outputs, targets, self.task.loss(outputs, targets)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's, in at least single precision."""
-        return self.task.loss(_full(outputs), targets)
-
     @torch.no_grad()
     def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
         """Measures of the network as it stands, averaged over batches in this order."""
@@ -189,7 +139,7 @@ class Training:
             with self.autocast():
                 outputs = self.rule(inputs)
             if len(targets):
-                averages.add(self.task.measures(_full(outputs), targets), len(targets))
+                averages.add(self.task.measures(full(outputs), targets), len(targets))
         return averages.values(self.processes)
 
     def train_epoch(self, evaluate: bool = True) -> dict[str, float | None]:
@@ -246,12 +196,6 @@ class Training:
             return [np.array_split(batch, count)[rank] for batch in batches]
         return list(batches[rank::count])
 
-    def autocast(self):
-        """A context in which forward passes run, in the run's precision."""
-        if self.run.precision == "bf16":
-            return torch.autocast(self.task.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
     @contextlib.contextmanager
     def aside(self):
         """What happens within is no part of the epoch's seconds."""
@@ -286,157 +230,3 @@ class Averages:
         examples = sum(count for count, _ in parts)
         names = next((sums.keys() for _, sums in parts if sums), ())
         return {name: sum(sums.get(name, 0.0) for _, sums in parts) / examples for name in names}
-
-
-def _full(outputs: Tensor) -> Tensor:
-    """Outputs in at least single precision."""
-    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-
-
-# --------------------------------------------------------------------------------------------------------- a run's life
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How long a run is trained, and when it is evaluated: after every so many epochs, and after the last.
-
-    Where it is not, the row of metrics.csv has no values for what is measured then.
-    """
-
-    epochs: int
-    evaluate_every: int = 1
-
-    def evaluates(self, epoch: int) -> bool:
-        return epoch % self.evaluate_every == 0 or epoch == self.epochs
-
-
-def train(
-    task: Task,
-    folder: RunFolder,
-    schedule: Schedule | int,
-    recorders: Sequence[Recorder] = (),
-    processes: Processes = ALONE,
-) -> None:
-    """Train a run, from its checkpoint where it has one; keep a row and a checkpoint of each epoch.
-
-    Stops early at a loss that is not finite: the run's status is then "diverged".
-
-    Args:
-        schedule: or the number of epochs, each of which is evaluated.
-        recorders: what is recorded beside the metrics, of every epoch that is trained here.
-        processes: those that train together. The first calls `train`, the others are in `train_as_worker`.
-
-    Raises:
-        UserError: the folder cannot be used (see RunFolder).
-        Busy: another process trains this run.
-    """
-    schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
-    with folder.locked(), memory_for(folder.run, task.device):
-        folder.check(task.fingerprint)
-        training = Training(task, folder.run, processes, recorders)
-        _start(training, folder)
-        if folder.progress()[1]:
-            several = processes.count > 1
-            work = Work(folder.run, task.fingerprint, schedule, _packed(training.state())) if several else None
-            with processes.working(work):
-                _train_epochs(training, folder, schedule)
-
-
-def restore(training: Training, folder: RunFolder, checkpoint: dict) -> None:
-    """Go on from a folder's checkpoint.
-
-    Raises:
-        UserError: it is none of this run.
-    """
-    try:
-        training.restore(checkpoint)
-    except (Unusable, ValueError, TypeError) as error:
-        raise folder.damaged(folder.checkpoint_path, error) from error
-
-
-def _start(training: Training, folder: RunFolder) -> None:
-    """Go on from the run's checkpoint; without one, write the first."""
-    device, count = training.task.device, training.processes.count
-    if (checkpoint := folder.load(device)) is not None:
-        restore(training, folder, checkpoint)
-    folder.keep(training.epoch)
-    if checkpoint is not None and checkpoint[DIGEST] is None:
-        folder.save(training.state())  # of an earlier version: from now on it says whose it is
-    where = device_name(device) + (f", {count} processes" if count > 1 else "")
-    folder.begin_session(training.task.fingerprint, where, training.epoch)
-    if checkpoint is None:
-        # Before the checkpoint: a run killed between the two would not come back here.
-        for recorder in training.recorders:
-            recorder.start(training, folder)
-        folder.save(training.state())
-
-
-def _train_epochs(training: Training, folder: RunFolder, schedule: Schedule) -> None:
-    thrift, first, epochs = Thrift(), training.epoch, schedule.epochs
-    with tqdm(None, folder.run.name, epochs, initial=first, unit="epoch", leave=False, disable=None, position=1) as bar:
-        while training.epoch < epochs:
-            row = training.train_epoch(schedule.evaluates(training.epoch + 1))
-            finite = math.isfinite(row["train_loss"])
-            for recorder in training.recorders:
-                row |= recorder.columns(training)
-            folder.require_claim()
-            for recorder in training.recorders:
-                recorder.epoch(training, folder)
-            if thrift.due() or training.epoch == epochs or not finite:
-                with thrift.saving():
-                    folder.save(training.state(), row)
-            folder.append(row)  # last: it says that all else is there
-            bar.update()
-            if not finite:
-                break
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What the first process has the others train with it: a run from a checkpoint's state.
-
-    Before any, PREPARE has them read the data, while it does so itself.
-    """
-
-    run: Run
-    fingerprint: str
-    schedule: Schedule
-    state: bytes
-
-
-PREPARE = "prepare"
-
-
-def train_as_worker(processes: Processes, make_task: Callable[[], Task]) -> None:
-    """Train with the first process what it trains, until it sends None.
-
-    Raises:
-        UserError: the data are missing here, or are others.
-    """
-    task = None
-    while (work := processes.receive()) is not None:
-        task = task or make_task()
-        if work == PREPARE:
-            continue
-        if task.fingerprint != work.fingerprint:
-            raise UserError(f"process {processes.rank} finds the data {task.fingerprint}, the first {work.fingerprint}")
-        training = Training(task, work.run, processes)
-        training.restore(torch.load(io.BytesIO(work.state), map_location=task.device, weights_only=True))
-        while training.epoch < work.schedule.epochs:
-            row = training.train_epoch(work.schedule.evaluates(training.epoch + 1))
-            if not math.isfinite(row["train_loss"]):
-                break
-    processes.gather(None)  # see Processes.dismiss
-
-
-def _packed(state: dict) -> bytes:
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    return stream.getvalue()
-
-
-def warm_up(task: Task, run: Run, steps: int = 10) -> None:
-    """Some steps of a training that is thrown away, so that a timed one does not pay for what happens only once."""
-    with memory_for(run, task.device):
-        for _ in itertools.islice(Training(task, run).steps(), steps):
-            pass

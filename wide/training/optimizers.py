@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from wide.runs.folder import Run
+from wide.runs.run import Run
 
 
 class PublishedAdam(torch.optim.Adam):

@@ -1,4 +1,4 @@
-"""What is recorded of a run beside its metrics: angles between gradients, changes since the start, parameters.
+"""What is recorded of a run beside its metrics: angles between gradients, changes, alignment scores, parameters.
 
 A run's training is given a list of recorders, and calls each of them when it starts, before the last update of every
 epoch, and after every epoch. Each keeps what it records in files of its own in the run's folder, or in columns of its
@@ -7,17 +7,16 @@ own. The time that they take is no part of an epoch's seconds.
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from align_rules import feedback_angles, gradient_angles, layer_weights
+from wide.alignment.pairs import PairParameters, layer_scores, scored_layers
+from wide.models.pair import Pair
 from wide.runs.files import append_rows, writing
 from wide.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from wide.training.loop import Training
+from wide.training.learner import Learner
 
 
 class Recorder:
@@ -26,21 +25,21 @@ class Recorder:
     Of several processes that train together the first has recorders, which see its share of the batches.
     """
 
-    def start(self, training: "Training", folder: RunFolder) -> None:
+    def start(self, learner: Learner, folder: RunFolder) -> None:
         """Before the first step of a run, once in its life."""
 
-    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+    def gradients(self, learner: Learner, inputs: Tensor, targets: Tensor) -> None:
         """Before the last update of an epoch, whose gradients stand in .grad; they were made from this batch.
 
         Where a step has several batches, this is its last one.
         """
 
-    def columns(self, training: "Training") -> Mapping[str, float | None]:
-        """After an epoch, number `training.epoch`: columns to add to its row of metrics.csv, always the same ones."""
+    def columns(self, learner: Learner) -> Mapping[str, float | None]:
+        """After an epoch, number `learner.epoch`: columns to add to its row of metrics.csv, always the same ones."""
         return {}
 
-    def epoch(self, training: "Training", folder: RunFolder) -> None:
-        """After an epoch, number `training.epoch`, before its row stands in metrics.csv, which says that all is there.
+    def epoch(self, learner: Learner, folder: RunFolder) -> None:
+        """After an epoch, number `learner.epoch`, before its row stands in metrics.csv, which says that all is there.
 
         What is written here may be written again: after a kill before the row, the epoch is trained once more.
         """
@@ -59,7 +58,7 @@ class LayerRows(Recorder):
     def __init__(self):
         self.rows: list[dict[str, float | str | None]] = []
 
-    def epoch(self, training: "Training", folder: RunFolder) -> None:
+    def epoch(self, learner: Learner, folder: RunFolder) -> None:
         if self.rows:
             with writing(folder.path):
                 append_rows(folder.path / self.file, self.rows)
@@ -76,13 +75,13 @@ class Angles(LayerRows):
 
     file = "angles.csv"
 
-    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
-        with training.autocast():
-            degrees = gradient_angles(training.rule, lambda outputs: training.loss(outputs, targets), inputs)
-        feedback = feedback_angles(training.rule)
+    def gradients(self, learner: Learner, inputs: Tensor, targets: Tensor) -> None:
+        with learner.autocast():
+            degrees = gradient_angles(learner.rule, lambda outputs: learner.loss(outputs, targets), inputs)
+        feedback = feedback_angles(learner.rule)
         self.rows = [
             {
-                "epoch": training.epoch + 1,
+                "epoch": learner.epoch + 1,
                 "layer": name.removesuffix(".weight"),
                 "degrees_to_backprop": angle,
                 "degrees_feedback_to_weight": feedback.get(name),
@@ -101,16 +100,16 @@ class Changes(LayerRows):
 
     file = "changes.csv"
 
-    def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+    def gradients(self, learner: Learner, inputs: Tensor, targets: Tensor) -> None:
         with torch.random.fork_rng():  # making a network draws from torch's generator
-            initial = training.task.rule(training.run).network
-        network = training.rule.network
-        with training.autocast():
+            initial = learner.task.rule(learner.run).network
+        network = learner.rule.network
+        with learner.autocast():
             read, read_at_first = layer_inputs(network, inputs), layer_inputs(initial, inputs)
         before = layer_weights(initial)
         self.rows = [
             {
-                "epoch": training.epoch + 1,
+                "epoch": learner.epoch + 1,
                 "layer": (layer := name.removesuffix(".weight")),
                 "relative_weight_change": relative_change(weight, before[name]),
                 "relative_activity_change": relative_change(read.get(layer), read_at_first.get(layer)),
@@ -143,18 +142,47 @@ def relative_change(now: Tensor | None, before: Tensor | None) -> float | None:
     return float((now - before).norm() / before.norm())
 
 
+class AlignmentScores(Recorder):
+    """The scores of a pair after an epoch, as columns of metrics.csv: score_1, control_1, score_2 and so on.
+
+    Args:
+        image_size: (h, w) of the input images; () where there are none.
+        epochs: score after these only; None for every epoch. The columns are empty after the others.
+    """
+
+    def __init__(self, image_size: tuple[int, ...] = (), epochs: Iterable[int] | None = None):
+        self.image_size = image_size
+        self.epochs = None if epochs is None else set(epochs)
+
+    def columns(self, learner: Learner) -> dict[str, float | None]:
+        return self(learner.rule, learner.epoch)
+
+    def __call__(self, pair: Pair, epoch: int) -> dict[str, float | None]:
+        if self.epochs is not None and epoch not in self.epochs:
+            numbers = range(1, len(scored_layers(pair.initial)) + 1)
+            return {f"{kind}_{k}": None for k in numbers for kind in ("score", "control")}
+        networks = (pair.initial, pair.network, pair.align)
+        parameters = PairParameters(*(_exact(network.named_parameters()) for network in networks))
+        return layer_scores(pair.initial, parameters, self.image_size)
+
+
+def _exact(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """By name, on a device that has double precision, which scores are computed in."""
+    return {name: p.cpu() if p.device.type == "mps" else p for name, p in parameters}
+
+
 class KeptParameters(Recorder):
     """parameters/epoch_<k>.pt: the parameters that learn, by name in the rule, after these epochs (0: the initial)."""
 
     def __init__(self, epochs: Iterable[int]):
         self.epochs = frozenset(epochs)
 
-    def start(self, training: "Training", folder: RunFolder) -> None:
-        self.keep(training, folder)
+    def start(self, learner: Learner, folder: RunFolder) -> None:
+        self.keep(learner, folder)
 
-    def epoch(self, training: "Training", folder: RunFolder) -> None:
-        self.keep(training, folder)
+    def epoch(self, learner: Learner, folder: RunFolder) -> None:
+        self.keep(learner, folder)
 
-    def keep(self, training: "Training", folder: RunFolder) -> None:
-        if training.epoch in self.epochs:
-            folder.save_parameters(training.epoch, training.parameters())
+    def keep(self, learner: Learner, folder: RunFolder) -> None:
+        if learner.epoch in self.epochs:
+            folder.save_parameters(learner.epoch, learner.parameters())

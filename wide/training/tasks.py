@@ -13,7 +13,7 @@ from wide import UserError
 from wide.data.datasets import ImageDataset, Split, add_sequences
 from wide.models.networks import ConvolutionalNetwork, FullyConnectedNetwork, RecurrentNetwork
 from wide.models.rules import make_rule
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training.processes import Processes
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from wide.data.image_folders import FolderTask
-from wide.runs.folder import Run
+from wide.runs.run import Run
 from wide.training.devices import device_name
+from wide.training.folder_task import FolderTask
 from wide.training.loop import Training
 from wide.training.processes import Processes
 

@@ -1,0 +1,29 @@
+"""Two networks that learn beside each other, as one rule.
+
+Network N, "normal", learns by backprop. Network A, "align", starts from the same parameters and accumulates what
+Align-zero would write, but with the error of N: in every step d(f0)/d(theta0), at the error e that N has, is applied to
+A, and N takes its own step. Both take part in one run, with one optimizer.
+"""
+
+import copy
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from align_rules import AlignZero, couple
+
+
+class Pair(AlignZero):
+    """Called, it gives N's output; differentiated, N gets the gradient of backprop and A that of Align-zero.
+
+    `network` is N, `align` is A, `initial` both as they started. Of `live` parameters, such as the learned initial
+    state of a recurrent network, the initial network reads A's, as Align-zero would for the network that it teaches.
+    """
+
+    def __init__(self, network: nn.Module, live: Iterable[str] = ()):
+        super().__init__(network, live)
+        self.align = copy.deepcopy(network)
+
+    def attached(self, *inputs, **keywords) -> Tensor:
+        self.prepare_initial()
+        return couple(self.network(*inputs, **keywords), self.from_initial(self.align, *inputs, **keywords))
