@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT, script
+from running import ROOT, fresh_script
 
 from wide import UserError
 from wide.reports.report import write_report
@@ -24,7 +24,7 @@ SCRIPTS = sorted(path for stem in ("setup", "train", "alignment") for path in RO
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "QtAgg", "no such backend"])
 def test_the_backend_of_a_notebook(tmp_path, backend):
     """It is never loaded, and need not be installed."""
-    done = script("train_add.py", 1, *TINY, "--outputs", tmp_path, variables={"MPLBACKEND": backend})
+    done = fresh_script("train_add.py", 1, *TINY, "--outputs", tmp_path, variables={"MPLBACKEND": backend})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "add" / "experiment_1.csv").exists()
     assert (tmp_path / "add" / "experiment_1.md").read_text() in done.stdout
@@ -54,7 +54,7 @@ def test_a_figure_that_fails_is_a_note(tmp_path, capsys):
 
 def test_a_terminal_of_ascii(tmp_path):
     arguments = [*TINY, "--seeds", 1, 2, "--outputs", tmp_path]
-    done = script("train_add.py", 1, *arguments, variables={"PYTHONIOENCODING": "ascii"})
+    done = fresh_script("train_add.py", 1, *arguments, variables={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert " ? " in done.stdout
     assert " ± " in (tmp_path / "add" / "experiment_1.md").read_text(encoding="utf-8")
