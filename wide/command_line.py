@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from wide.grids.experiments import Experiment, Subject
 from wide.grids.grid import Failures, run
 from wide.grids.study import Machine, Study
 from wide.options import PAPER_SEED, DataOptions, Options, ParallelOptions, RecordOptions, StepOptions
+from wide.printing import lasting
 from wide.reports import collecting
 from wide.training.devices import DEVICES, PRECISIONS
 from wide.training.memory import keep_memory
@@ -40,13 +40,9 @@ def main(
         The exit status: 0 when every run is done, 1 when one failed, 2 for a wrong command line or missing data,
         130 when interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that takes ASCII only gets ? for what it lacks
     parser = build_parser(description, subject, experiments)
-    arguments = parse(parser, experiments, argv)
 
-    def command() -> Failures:
+    def command(arguments: argparse.Namespace) -> Failures:
         if arguments.files:
             print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
             return []
@@ -54,7 +50,13 @@ def main(
         options = as_options(arguments, subject)
         return run(Study.of(subject, experiments, options, Machine.chosen(options)))
 
-    return leave(exit_status(parser.prog, command))
+    with lasting():
+        try:
+            status = exit_status(parser.prog, lambda: command(parse(parser, experiments, argv)))
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            status = 130
+        return leave(status)
 
 
 def exit_status(program: str, command: Callable[[], Failures]) -> int:
@@ -64,9 +66,6 @@ def exit_status(program: str, command: Callable[[], Failures]) -> int:
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
     for folder, reason in failures:
         print(f"failed: {folder.run.name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
@@ -186,7 +185,7 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     decay = "of all rules, L2 (default: none, but what a rule has of its own: kolen_pollack 1e-4)"
     add("--weight-decay", type=non_negative, metavar="D", help=decay)
-    add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
+    add("--network", choices=subject.networks, help=f"default {subject.networks[0]}; with --quick it may be another")
     if subject.variants:
         default = "default %(default)s (docs/differences.md)"
         add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
@@ -256,19 +255,20 @@ def setup(
     if split:
         what = "first split the official test images into training and test files, in FOLDER, which is then read"
         parser.add_argument("--split-test-images", type=Path, metavar="FOLDER", help=what)
-    arguments = parser.parse_args(argv)
-    try:
+
+    def command() -> Failures:
+        arguments = parser.parse_args(argv)
         folder = arguments.data_dir
         if split and arguments.split_test_images:
             folder = split(folder, arguments.url, arguments.split_test_images)
         data = dataset(folder, arguments.url)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
-    print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
-    print(f"fingerprint {data.fingerprint}")
-    return 0
+        sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
+        print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
+        print(f"fingerprint {data.fingerprint}")
+        return []
+
+    with lasting():
+        return exit_status(parser.prog, command)
 
 
 def collect(description: str, argv: Sequence[str] | None = None) -> int:
@@ -280,13 +280,13 @@ def collect(description: str, argv: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description.strip(), formatter_class=formatter)
     parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
-    arguments = parser.parse_args(argv)
-    try:
-        print(collecting.collect(arguments.outputs))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def command() -> Failures:
+        print(collecting.collect(parser.parse_args(argv).outputs))
+        return []
+
+    with lasting():
+        return exit_status(parser.prog, command)
 
 
 class Parser(argparse.ArgumentParser):
