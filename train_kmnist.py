@@ -30,7 +30,16 @@ EXPERIMENTS = {
         widths=WIDTHS,
         learning_rates=(5, 2, 1),
         epochs=100,
-        quick={"widths": (8, 32), "learning_rates": (5,), "data_limits": (3000,), "epochs": 10},
+        # 600 updates of a narrow network and a wide one, a minute or two: where rules that take errors from the initial
+        # network end, beside backprop, and FA and DFA behind it.
+        quick={
+            "network": "mlp",
+            "widths": (32, 512),
+            "learning_rates": (5,),
+            "data_limits": (3000,),
+            "batch_size": 50,
+            "epochs": 10,
+        },
     ),
     2: Experiment(
         title="accuracy against learning rate",

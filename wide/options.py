@@ -75,7 +75,7 @@ class Options:
 
     Args:
         experiment: its number.
-        network: the kind: cnn, mlp or rnn.
+        network: the kind: cnn, mlp or rnn; None for the experiment's own.
         data, step, record: see there.
         parallel: how runs are placed side by side; None for one after the other.
         device, precision: as given; "auto" among them.
@@ -88,7 +88,7 @@ class Options:
     """
 
     experiment: int
-    network: str
+    network: str | None
     data: DataOptions
     step: StepOptions = StepOptions()
     record: RecordOptions = RecordOptions()

@@ -8,7 +8,8 @@ import torch
 from train_cifar import EXPERIMENTS, SUBJECT
 from wide.command_line import as_options, build_parser, parse
 from wide.grids.experiments import beside
-from wide.grids.pace import Pace, duration
+from wide.grids.grid import volume
+from wide.grids.pace import Pace, counted, duration
 from wide.grids.study import Machine, Study
 from wide.runs.run import Run
 
@@ -89,19 +90,35 @@ class Folder:
 
 
 def test_the_estimate_follows_width_and_what_is_left(monkeypatch):
-    def run(width, limit=None):
-        return Run("cifar", "cnn", "fa", width, 5.0, 99, 100, data_limit=limit)
+    def run(width, limit=None, rule="fa"):
+        return Run("cifar", "cnn", rule, width, 5.0, 99, 100, data_limit=limit)
 
     now = [0.0]
     monkeypatch.setattr("wide.grids.pace.time.monotonic", lambda: now[0])
-    pace = Pace(examples=1000, epochs=10)
+    # A pass takes 1 s, and 0.1 s for each product; fa has three.
+    pace = Pace(examples=1000, epochs=10, products={8: 5, 16: 20, 32: 80, 512: 20000})
     pace.start()
-    for width, seconds in ((8, 50.0), (8, 1.0), (16, 4.0)):  # the very first epoch does not count
+    for width, seconds in ((8, 50.0), (8, 3 * 1.5)):  # the very first epoch does not count
         now[0] += seconds
         pace.epoch(run(width))
-    assert pace.left([Folder(run(8), 4)]) == pytest.approx(6 * 1.0)
-    assert pace.left([Folder(run(8, limit=500), 0)]) == pytest.approx(10 * 0.5)
-    assert pace.left([Folder(run(32), 0)]) == pytest.approx(10 * 16.0)  # four times as long for twice the width
+    assert pace.left([Folder(run(8), 4)]) == pytest.approx(6 * 4.5)
+    assert pace.left([Folder(run(8, limit=500), 0)]) == pytest.approx(10 * 2.25)
+    assert pace.left([Folder(run(8, rule="last_layer"), 0)]) == pytest.approx(10 * 1.5)  # one pass
+    assert pace.left([Folder(run(32), 0)]) == pytest.approx(10 * 4.5)
+    assert pace.text(100, [Folder(run(8), 0)]) == "about 100 s left"
+    assert pace.text(100, [Folder(run(32), 0)]) == "at least 100 s left"
+
+    pace.saw(run(16), 3 * 3.0)
+    assert pace.left([Folder(run(32), 0)]) == pytest.approx(10 * 3 * 9.0)
+    assert pace.text(100, [Folder(run(32), 0)]) == "about 100 s left"
+    assert pace.text(100, [Folder(run(512), 0)]) == "at least 100 s left"
+    pace.saw(run(16, rule="last_layer"), 9.0)  # as long as fa there, and so elsewhere
+    assert pace.left([Folder(run(8, rule="last_layer"), 0)]) == pytest.approx(pace.left([Folder(run(8), 0)]))
+
+
+def test_numbers_for_people():
+    assert [counted(n, "run") for n in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert [volume(n) for n in (0, 64_000, 3.2e9)] == ["0 MB", "1 MB", "4 GB"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (700, "12 min"), (18000, "5 h"), (260000, "3 days")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import assert_same
-from running import NO_NETWORK, command, script
+from running import NO_NETWORK, command, fresh_script
 
 import train_cifar
 import train_imagenet
@@ -46,7 +46,7 @@ def folders(outputs):
 
 def test_without_ray_it_says_what_to_install(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError")
-    done = script("train_add.py", *arguments(tmp_path, "--parallel"), variables={"PYTHONPATH": str(tmp_path)})
+    done = fresh_script("train_add.py", *arguments(tmp_path, "--parallel"), variables={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2
     assert done.stderr.endswith("pip install -r requirements-ray.txt\n")
     assert done.stderr.count("\n") == 1
@@ -84,7 +84,7 @@ def test_when_the_last_of_several_is_over():
 
 def test_the_widest_first_where_that_shortens_the_whole(tmp_path):
     narrow, middle, wide = (RunFolder(tmp_path, Run("add", "rnn", "fa", w, 1.0, 99, 50)) for w in (8, 16, 64))
-    pace = Pace(examples=300, epochs=2)
+    pace = Pace(examples=300, epochs=2, products={8: 8, 16: 16, 64: 64})
     grid = [narrow, narrow, middle, wide]
     assert in_order(grid, pace, slots=2) == [wide, middle, narrow, narrow]
     assert in_order(grid, pace, slots=1) == grid
@@ -106,7 +106,7 @@ def test_machines_that_do_not_see_the_files(tmp_path):
 def alone(tmp_path_factory):
     """The outputs of the same runs one after the other, on one thread."""
     outputs = tmp_path_factory.mktemp("alone")
-    assert script("train_add.py", *arguments(outputs), variables={"OMP_NUM_THREADS": "1"}).returncode == 0
+    assert fresh_script("train_add.py", *arguments(outputs), variables={"OMP_NUM_THREADS": "1"}).returncode == 0
     return outputs
 
 

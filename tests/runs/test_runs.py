@@ -222,6 +222,14 @@ def test_damaged_metrics(task, tmp_path, text):
         folder.status(1)
 
 
+def test_metrics_that_a_spreadsheet_has_saved(task, tmp_path):
+    folder = RunFolder(tmp_path, RUN)
+    train(task, folder, 1)
+    folder.metrics_path.write_text(folder.metrics_path.read_text(), encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"metrics.csv is damaged \(it begins with a byte order mark"):
+        folder.status(1)
+
+
 @pytest.mark.parametrize("kept", [2, 0])
 def test_rows_that_a_checkpoint_covers_are_needed(task, tmp_path, kept):
     folder = RunFolder(tmp_path, RUN)

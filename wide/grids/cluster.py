@@ -15,6 +15,7 @@ from types import ModuleType
 
 from wide import UserError
 from wide.grids.one_run import first_line
+from wide.grids.pace import counted
 from wide.grids.study import Study
 from wide.grids.worker import look_around, train_placed
 from wide.runs.files import writing
@@ -163,7 +164,11 @@ class Places:
 
     @property
     def share_text(self) -> str:
-        return "a GPU that Ray knows of" if self.on_gpus else f"{self.study.options.parallel.threads} cores for a run"
+        return (
+            "a GPU that Ray knows of"
+            if self.on_gpus
+            else f"{counted(self.study.options.parallel.threads, 'core')} for a run"
+        )
 
     def machines(self) -> list[int]:
         """How many runs fit on each machine that is there now."""
@@ -185,7 +190,6 @@ class Places:
 
     def __str__(self) -> str:
         parallel, machines = self.study.options.parallel, self.machines()
-        where = f"on {len(machines)} machine{'s' * (len(machines) > 1)}" if self.logs is None else "here"
-        threads = "1 thread" if parallel.threads == 1 else f"{parallel.threads} threads"
-        each = f"{parallel.runs_per_gpu} on each GPU" if self.on_gpus else f"{threads} each"
-        return f"{sum(machines)} runs at a time {where}, {each}"
+        where = f"on {counted(len(machines), 'machine')}" if self.logs is None else "here"
+        each = f"{parallel.runs_per_gpu} on each GPU" if self.on_gpus else f"{counted(parallel.threads, 'thread')} each"
+        return f"{counted(sum(machines), 'run')} at a time {where}, {each}"

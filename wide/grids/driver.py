@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from wide.grids.cluster import Places
 from wide.grids.one_run import Failures, Outcome, first_line, say
-from wide.grids.pace import Pace, duration, makespan
+from wide.grids.pace import Pace, makespan
 from wide.grids.worker import Place
 from wide.runs.folder import FINISHED, RunFolder
 
@@ -184,8 +184,9 @@ class Driver:
     def saw_the_whole_of(self, going: Going) -> None:
         """Time a run by its whole length, where it was too short to see its epochs end."""
         when, before = going.begun
-        if going.folder.run.width not in self.pace.seen and (epochs := going.trained() - before) > 0:
-            self.pace.saw(going.folder.run, (time.monotonic() - when) / epochs)
+        run = going.folder.run
+        if (run.width, run.rule) not in self.pace.seen and (epochs := going.trained() - before) > 0:
+            self.pace.saw(run, (time.monotonic() - when) / epochs)
 
     def under_way(self) -> list[Going]:
         return [going for going in self.tasks.values() if going.place]
@@ -195,7 +196,7 @@ class Driver:
         waiting = [going.folder for going in self.tasks.values() if not going.place]
         folders = [*(going.folder for going in self.under_way()), *waiting, *self.queue]
         if folders and self.pace.seen and (slots := self.places.slots()):
-            words.append(f"about {duration(makespan([self.pace.left([f]) for f in folders], slots))} left")
+            words.append(self.pace.text(makespan([self.pace.left([f]) for f in folders], slots), folders))
         return ", ".join(words)
 
     def lines(self) -> list[str]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wide import UserError
 from wide.alignment.parameters import kept_parameters
+from wide.grids.pace import counted
 from wide.grids.study import Study
 from wide.runs.folder import RunFolder
 from wide.training.loop import Training
@@ -61,8 +62,8 @@ def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
     kept = {folder for folder in study.folders if keeps_any(folder)}
     if not kept:
         raise UserError(
-            f"none of {len(study.folders)} runs has a checkpoint or kept parameters in {study.outputs}; choose others "
-            "by the options of the grid, or another --outputs"
+            f"none of {counted(len(study.folders), 'run')} has a checkpoint or kept parameters in {study.outputs}; "
+            "choose others by the options of the grid, or another --outputs"
         )
     task, failures = study.task(), []
     print("| run | epoch | metric | recorded | measured | |\n|---|---|---|---|---|---|")
@@ -77,7 +78,7 @@ def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
             reason = str(error)
         if reason:
             failures.append((folder, reason))
-    print(f"{len(kept)} of {len(study.folders)} runs measured, {len(failures)} not met")
+    print(f"{len(kept)} of {counted(len(study.folders), 'run')} measured, {len(failures)} not met")
     return failures
 
 

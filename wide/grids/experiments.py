@@ -27,6 +27,7 @@ class Experiment:
         keep: epochs whose parameters are kept.
         report: what is shown; default: the table of rules and its figure.
         batch_size: default: the subject's.
+        network: default: the subject's first.
         quick: the settings that --quick replaces.
     """
 
@@ -38,6 +39,7 @@ class Experiment:
     seeds: tuple[int, ...] = (PAPER_SEED,)
     data_limits: tuple[int | None, ...] = (None,)
     batch_size: int | None = None
+    network: str | None = None
     optimizer: str = "sgd"
     parameterisation: str = "ntk"
     view: View = dataclasses.field(default_factory=View)
@@ -107,5 +109,8 @@ class Subject:
 def beside(experiments: Mapping[int, Experiment], experiment: Experiment) -> Experiment:
     """The part of another experiment that is comparable with this one."""
     number, rules = experiment.beside
-    same = {axis: getattr(experiment, axis) for axis in ("widths", "seeds", "data_limits", "epochs", "batch_size")}
+    same = {
+        axis: getattr(experiment, axis)
+        for axis in ("widths", "seeds", "data_limits", "epochs", "batch_size", "network")
+    }
     return dataclasses.replace(experiments[number], rules=rules, **same)

@@ -1,5 +1,6 @@
 """Carrying out a study: what is missing of its grid, and training it."""
 
+import math
 import shutil
 import tempfile
 
@@ -10,7 +11,7 @@ from wide.grids.batches import note_other_batches, require_same_batches
 from wide.grids.cluster import import_ray
 from wide.grids.evaluation import evaluate
 from wide.grids.one_run import Failures, Progress, say, train_one
-from wide.grids.pace import Pace
+from wide.grids.pace import Pace, counted
 from wide.grids.parallel import train_side_by_side
 from wide.grids.study import Study
 from wide.runs.files import writing
@@ -89,7 +90,8 @@ def print_list(study: Study) -> None:
     for folder, state in zip(study.folders, states, strict=True):
         print(f"{state:12}  {folder.run.name}")
     finished = sum(state in FINISHED for state in states)
-    print(f"{len(states)} runs of {study.epochs} epochs: {finished} done, {len(states) - finished} to train")
+    grid = f"{counted(len(states), 'run')} of {counted(study.epochs, 'epoch')}"
+    print(f"{grid}: {finished} done, {len(states) - finished} to train")
 
 
 def train_missing(study: Study) -> Failures:
@@ -106,9 +108,10 @@ def train_missing(study: Study) -> Failures:
     require_trainable(study, task, missing)
     if study.kept_epochs:
         require_space(study, task, missing)
-    count = f"{len(missing)} of {len(study.folders)} runs to train, {study.epochs} epochs each"
+    each = f"{counted(study.epochs, 'epoch')}{' each' * (len(missing) > 1)}"
+    count = f"{len(missing)} of {counted(len(study.folders), 'run')} to train, {each}"
     print(f"{study.shown.title}: {count}", flush=True)
-    pace = Pace(len(task.splits["train"]), study.epochs)
+    pace = Pace(len(task.splits["train"]), study.epochs, {f.run.width: task.products(f.run) for f in missing})
     if study.options.parallel:
         del task  # the workers have their own
         failures = train_side_by_side(study, missing, pace)
@@ -155,6 +158,12 @@ def require_space(study: Study, task: Task, missing: list[RunFolder]) -> None:
         # The checkpoint, once more while it is replaced, and the parameters of each epoch that is kept.
         needed += (2 + len(study.kept_epochs)) * sum(p.numel() * p.element_size() for p in parameters)
     free = shutil.disk_usage(study.outputs).free
-    print(f"they will take up to {needed / 1e9:.2g} GB of disk; {free / 1e9:.3g} GB are free", flush=True)
+    print(f"they will take up to {volume(needed)} of disk; {volume(free)} are free", flush=True)
     if needed > free:
         raise UserError(f"{study.outputs} has not that much space; use fewer --widths or another --outputs")
+
+
+def volume(size: int) -> str:
+    """Bytes, rounded up for people: 1 MB, 34 GB."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    return f"{math.ceil(size / unit)} {name}"

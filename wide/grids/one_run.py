@@ -8,7 +8,7 @@ import traceback
 from tqdm import tqdm
 
 from wide import UserError
-from wide.grids.pace import Pace, duration
+from wide.grids.pace import Pace, counted
 from wide.grids.study import Study
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.locks import Busy
@@ -17,6 +17,7 @@ from wide.training.recorders import Recorder
 from wide.training.session import Schedule, train, warm_up
 from wide.training.tasks import Task
 
+EXPLODED = 10  # times its lowest value, in a run that is done
 Failures = list[tuple[RunFolder, str]]  # runs that are not finished, with the reason
 
 
@@ -72,14 +73,16 @@ class Progress(Recorder):
         self.pace.epoch(folder.run)
         left = self.missing[self.missing.index(folder) :]
         if self.pace.seen and not self.announced and len(left) > 1:
-            say(f"about {duration(self.pace.left(left))} left, judging by the first epochs")
+            say(f"{self.pace.text(self.pace.left(left), left)}, judging by the first epochs")
             self.announced = True
 
     def rest(self, folder: RunFolder) -> str:
         """In words, what is left behind this run."""
         following = self.missing[self.missing.index(folder) + 1 :]
         rest = [other for other in following if other.status(self.study.epochs) not in FINISHED]
-        return f"  [{len(rest)} runs, about {duration(self.pace.left(rest))} left]" if rest and self.pace.seen else ""
+        if not rest or not self.pace.seen:
+            return ""
+        return f"  [{counted(len(rest), 'run')}, {self.pace.text(self.pace.left(rest), rest)}]"
 
 
 def say(message: str) -> None:
@@ -100,4 +103,7 @@ def summary_line(folder: RunFolder, epochs: int) -> str:
     metrics = {name: value for name, value in rows[-1].items() if name.endswith(("loss", "accuracy"))}
     shown = "  ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in metrics.items() if v is not None)
     seconds = sum(row["seconds"] for row in rows)
-    return f"{folder.run.name}: {folder.status(epochs)} at epoch {len(rows)}, {seconds:.1f} s  {shown}"
+    state = f"{folder.status(epochs)} at epoch {len(rows)}"
+    if rows[-1]["train_loss"] > EXPLODED * min(row["train_loss"] for row in rows):
+        state += ", though its loss has exploded"
+    return f"{folder.run.name}: {state}, {seconds:.1f} s  {shown}"

@@ -171,7 +171,8 @@ class Study:
     def _run(self, grid: Experiment, place: tuple) -> Run:
         """The run of a grid at (width, data limit, seed, learning rate, rule)."""
         width, limit, seed, learning_rate, rule = place
-        if reason := RULES[rule].unsuited.get(self.options.network):
+        network = self.options.network or grid.network or self.subject.networks[0]
+        if reason := RULES[rule].unsuited.get(network):
             raise UserError(f"--rules {rule}: {reason}")
         limit = None if limit and limit >= self.subject.examples else limit  # the same run as with all images
         size = grid.batch_size or self.subject.batch_size
@@ -181,7 +182,7 @@ class Study:
         size, batches = batches_of_a_step(self.options.step, size, self.processes.count)
         return Run(
             dataset=self.subject.dataset,
-            network=self.options.network,
+            network=network,
             rule=rule,
             width=width,
             learning_rate=learning_rate,

@@ -160,7 +160,7 @@ def _markdown(title: str, sections: Mapping[str, list[LayerScore]], against: str
     spread = "mean ± standard deviation over seeds; " if seeds > 1 else ""
     seed = shown.record.shuffle_seed
     shuffle = f"; shuffled with seed {seed}" if seed != PAPER_SEED else ""
-    legend = f"{spread}computed exactly (standard error 0){shuffle}; {settings_text(runs)}; {data_text(shown.folders)}."
+    legend = f"{spread}computed exactly{shuffle}; {settings_text(runs)}; {data_text(shown.folders)}."
     lines = [f"# {title}", "", legend, ""]
     shown = {(score.width, score.seed) for scores in sections.values() for score in scores}
     if absent := [run.name for run in runs if (run.width, run.seed) not in shown]:

@@ -89,9 +89,12 @@ def whole_lines(path: Path) -> list[str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8, or a spreadsheet program has saved it anew.
     """
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark, as spreadsheet programs write one; save it without")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def keep_rows(path: Path, epochs: int) -> None:

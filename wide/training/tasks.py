@@ -1,12 +1,14 @@
 """What is learned: for each kind of data the networks that fit it, the loss, and what is measured after an epoch."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sized
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import align_rules
 from wide import UserError
@@ -35,6 +37,7 @@ class Task:
 
     columns: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
+    input_shape: tuple[int, ...]  # of one example, as networks take it
     evaluated_together = 1
 
     def __init__(self, splits: dict[str, Sized], fingerprint: str, device: torch.device):
@@ -49,9 +52,21 @@ class Task:
         """
         raise NotImplementedError
 
-    def rule(self, run: Run) -> align_rules.Rule:
-        """A fresh network with its published initial parameters, wrapped in the run's rule, on the device."""
+    def network(self, run: Run) -> nn.Module:
+        """A fresh network of the run's kind and width."""
         raise NotImplementedError
+
+    def rule(self, run: Run) -> align_rules.Rule:
+        """Such a network with its published initial parameters, wrapped in the run's rule, on the device."""
+        return make_rule(run, self.network(run)).to(self.device)
+
+    def products(self, run: Run) -> int:
+        """Floating-point operations of the products in a forward pass of the run's network, with a batch."""
+        with torch.device("meta"), torch.no_grad():
+            network, inputs = self.network(run), torch.empty(run.batch_size, *self.input_shape)
+            with FlopCounterMode(display=False) as counter:
+                network(inputs)
+        return counter.get_total_flops()
 
     def size(self, run: Run, split: str) -> int:
         """How many examples of a split the run uses: the first ones."""
@@ -109,14 +124,19 @@ class ClassificationTask(Task):
                 "with a common divisor of at least 2"
             )
 
-    def rule(self, run: Run) -> align_rules.Rule:
-        channels, height, width = self.image_shape
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.image_shape
+
+    def network(self, run: Run) -> nn.Module:
         if run.network == "cnn":
-            network = ConvolutionalNetwork(channels, run.width, self.strides, self.classes, run.parameterisation)
-        else:
-            pixels = channels * height * width
-            network = FullyConnectedNetwork(pixels, run.width, self.classes, parameterisation=run.parameterisation)
-        return make_rule(run, network, self.image_shape, self.pooled_feedback).to(self.device)
+            channels = self.image_shape[0]
+            return ConvolutionalNetwork(channels, run.width, self.strides, self.classes, run.parameterisation)
+        pixels = math.prod(self.image_shape)
+        return FullyConnectedNetwork(pixels, run.width, self.classes, parameterisation=run.parameterisation)
+
+    def rule(self, run: Run) -> align_rules.Rule:
+        return make_rule(run, self.network(run), self.image_shape, self.pooled_feedback).to(self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         wanted = F.one_hot(targets, self.classes).to(outputs.dtype) - self.offset
@@ -165,8 +185,12 @@ class AddTask(Task):
             # Every sequence of a batch has an initial state of its own, so all splits need whole batches.
             raise UserError(f"the Add task has {smallest} test sequences; use --batch-size {smallest} or less")
 
-    def rule(self, run: Run) -> align_rules.Rule:
-        return make_rule(run, RecurrentNetwork(run.width, run.batch_size)).to(self.device)
+    def network(self, run: Run) -> nn.Module:
+        return RecurrentNetwork(run.width, run.batch_size)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.splits["train"].inputs.shape[1:])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over time of the batch mean of the squared error."""
