@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,30 +26,54 @@ def command(name, *arguments, processes=1):
     return [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, arguments)]
 
 
-def script(name, *arguments, cwd=None):
-    """The finished process of a script, with its output as text: a fork of one that has imported torch.
+class Script:
+    """A script under way: a fork of a process that has imported torch.
 
     The environment is that of a start of Python; only what is read at its start or by imports is not read anew.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return fresh_script(name, *arguments, cwd=cwd)
-    line = [str(ROOT / name), *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        shown = [str(Path(folder, stream)) for stream in ("stdout", "stderr")]
-        environment = {**os.environ, **NO_NETWORK}
-        process = forking().Process(target=run, args=(line, shown, environment, str(cwd or os.getcwd())))
-        process.start()
-        process.join(LIMIT)
-        if process.exitcode is None:
-            process.kill()
-        return subprocess.CompletedProcess(line, process.exitcode, *(Path(path).read_text("utf-8") for path in shown))
+
+    def __init__(self, name, *arguments, cwd=None, variables=()):
+        self.line, self.folder = [str(ROOT / name), *map(str, arguments)], tempfile.TemporaryDirectory()
+        self.shown = [str(Path(self.folder.name, stream)) for stream in ("stdout", "stderr")]
+        environment = {**os.environ, **NO_NETWORK, **dict(variables)}
+        self.process = forking().Process(target=run, args=(self.line, self.shown, environment, str(cwd or os.getcwd())))
+        self.process.start()
+
+    def ended(self):
+        return self.process.exitcode is not None
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def finished(self):
+        """Its exit status and output, as text."""
+        self.process.join(LIMIT)
+        if not self.ended():
+            self.process.kill()
+        output = [Path(path).read_text("utf-8") for path in self.shown]
+        return subprocess.CompletedProcess(self.line, self.process.exitcode, *output)
 
 
-def fresh_script(name, *arguments, processes=1, variables=None, cwd=None):
-    """The same from a start of Python; `variables` of the environment replace ours."""
-    environment = {**os.environ, **NO_NETWORK, **(variables or {})}
-    line = command(name, *arguments, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=LIMIT, cwd=cwd)
+def script(name, *arguments, processes=1, cwd=None):
+    """The finished process of a script; or the first of several that train together, as torchrun would start them."""
+    together = [{}]
+    if processes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        together = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    scripts = [
+        Script(name, *arguments, cwd=cwd, variables={key: str(value) for key, value in variables.items()})
+        for variables in together
+    ]
+    first, *_ = [one.finished() for one in scripts]
+    return first
+
+
+def fresh_script(name, *arguments, variables):
+    """The same from a start of Python, with these variables of the environment."""
+    environment = {**os.environ, **NO_NETWORK, **variables}
+    return subprocess.run(command(name, *arguments), capture_output=True, text=True, env=environment, timeout=LIMIT)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import assert_same
-from running import ROOT, script
+from running import ROOT, Script, script
 from small_data import made_up, write_kmnist
 
 from wide.runs.folder import RunFolder
@@ -121,15 +121,11 @@ def test_killed_and_started_again(kmnist, tmp_path, rule):
     whole, killed = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "killed", run)
     command = [1, *options, "--data-dir", kmnist, "--outputs"]
     assert script("train_kmnist.py", *command, tmp_path / "whole").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_kmnist.py"), *map(str, command), str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while len(killed.rows()) < 3 and time.monotonic() < deadline:
+    process = Script("train_kmnist.py", *command, tmp_path / "killed")
+    while len(killed.rows()) < 3 and not process.ended():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.finished()
     assert 3 <= len(killed.rows()) < 12
     assert script("train_kmnist.py", *command, tmp_path / "killed").returncode == 0
     assert_same(whole, killed)
@@ -137,19 +133,14 @@ def test_killed_and_started_again(kmnist, tmp_path, rule):
 
 def test_interrupt_says_how_to_go_on(kmnist, tmp_path):
     options = tiny(kmnist, tmp_path, "--rules", "backprop", "--epochs", 100000)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_kmnist.py"), "1", *map(str, options)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal, wherever the tests run
-    )
+    process = Script("train_kmnist.py", 1, *options)
     while not list(tmp_path.glob("kmnist/*/metrics.csv")):
         time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == "train_kmnist.py: interrupted; the same command goes on from the last checkpoint\n"
+        assert not process.ended()
+    process.send(signal.SIGINT)
+    done = process.finished()
+    assert done.returncode == 130
+    assert done.stderr == "train_kmnist.py: interrupted; the same command goes on from the last checkpoint\n"
 
 
 def test_interrupt_while_torch_is_imported(tmp_path):
@@ -308,10 +299,12 @@ def test_a_table_does_not_mix_data(kmnist, tmp_path):
 def test_two_processes_share_a_grid(kmnist, tmp_path):
     """Each takes runs that the other is not training; between them every run is trained once."""
     options = tiny(kmnist, tmp_path, "--rules", *RULES, "--epochs", 4)
-    command = [sys.executable, str(ROOT / "train_kmnist.py"), "1", *map(str, options)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode in (0, 1) for process in processes)
+    both = [Script("train_kmnist.py", 1, *options) for _ in range(2)]
+    outputs = []
+    for process in both:
+        done = process.finished()
+        assert done.returncode in (0, 1)
+        outputs.append(done.stdout)
     assert script("train_kmnist.py", 1, *options).returncode == 0
     for rule in RULES:
         folder = RunFolder(tmp_path, Run("kmnist", "cnn", rule, 4, 1.0, 99, 50))

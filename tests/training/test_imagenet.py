@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import command, fresh_script, script
+from running import command, script
 
 import align_rules
 from train_imagenet import EXPERIMENTS, STRIDES
@@ -348,7 +348,7 @@ def test_alignment_is_scored_in_two_processes_as_in_one(folders, tmp_path):
         share = ["--sync-normalisation", "--batch-size", 10 // processes]
         arguments = options(tmp_path / "images", place, "--precision", "fp64", *share)
         arguments = [word for word in arguments if word not in ("--learning-rates", 0.5)]
-        done = fresh_script("alignment_imagenet.py", 2, *arguments, processes=processes)
+        done = script("alignment_imagenet.py", 2, *arguments, processes=processes)
         assert done.returncode == 0, done.stderr
         assert "# ImageNet: alignment score against width, after epoch 1" in done.stdout
     one, two = (rows(place, "pair")[0] for place in outputs.values())
@@ -412,7 +412,7 @@ def assert_same_training(outputs, expected, rules):
 
 def test_two_processes_equal_one_with_the_double_batch(folders, one_process, tmp_path):
     arguments = options(folders, tmp_path, *EVERY_RULE, "--epochs", 2, "--batch-size", 5, "--sync-normalisation")
-    done = fresh_script("train_imagenet.py", 1, *arguments, processes=2)
+    done = script("train_imagenet.py", 1, *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path, one_process, align_rules.RULES)
     assert done.stdout.count("# ImageNet") == 1  # only the first process speaks
@@ -462,7 +462,7 @@ def test_a_process_without_readable_images_takes_part_in_the_step(thousand, tmp_
     spoil(thousand / "train" / "blue" / "0.jpg")  # what is left of its batch of two cannot be normalised
     for processes, place in ((1, tmp_path / "1"), (2, tmp_path / "2")):
         rules = ["--rules", "backprop", "--precision", "fp64", "--batch-size", 2, "--batches-per-step", 2]
-        done = fresh_script("train_imagenet.py", 1, *options(thousand, place, *rules), processes=processes)
+        done = script("train_imagenet.py", 1, *options(thousand, place, *rules), processes=processes)
         assert done.returncode == 0, done.stderr
         assert rows(place, "backprop")[0]["unreadable"] == "1"
     assert_same_training(tmp_path / "2", tmp_path / "1", ["backprop"])
@@ -472,9 +472,9 @@ def test_what_cannot_be_shared_out_is_said(folders, tmp_path, kmnist):
     both = script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 2, "--sync-normalisation"))
     assert both.returncode == 2
     assert "leave out --batches-per-step" in both.stderr
-    odd = fresh_script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 3), processes=2)
+    odd = script("train_imagenet.py", 1, *options(folders, tmp_path, "--batches-per-step", 3), processes=2)
     assert odd.returncode != 0
     assert "--batches-per-step 3 is no multiple of the 2 processes" in odd.stderr
-    other = fresh_script("train_kmnist.py", 1, "--data-dir", kmnist, "--outputs", tmp_path, processes=2)
+    other = script("train_kmnist.py", 1, "--data-dir", kmnist, "--outputs", tmp_path, processes=2)
     assert other.returncode != 0
     assert "a run is trained by one process here" in other.stderr
