@@ -1,21 +1,20 @@
 """Learning rules for wide networks, as drop-in forward passes with another backward pass.
 
-    rule = align_rules.AlignAda(network)          # snapshots the initial parameters
-    loss = loss_function(rule(inputs), targets)   # rule(inputs) equals network(inputs) to the last bit
+    rule = align_rules.AlignAda(network)          # keeps the initial parameters
+    loss = loss_function(rule(inputs), targets)   # rule(inputs) has the value of network(inputs)
     loss.backward()                               # fills .grad by the rule; any torch optimiser steps
 
 The rules are those of Boopathy & Fiete, "How to Train Your Wide Neural Network Without Backprop: An Input-Weight
 Alignment Perspective" (ICML 2022, arXiv 2106.08453), the ones it compares with, and their nearest relatives. This file
 imports torch only and can be copied alone into another project.
 
-Principle. A *layer* is a call of a linear map with a weight of torch.nn.Linear, torch.nn.Conv1d, 2d, 3d or a subclass.
-Everything else a network is made of (biases, normalisation, activations, pooling, additions, products of activities,
-reshaping) is differentiated as it stands. Backprop sends the error delta that arrives at a layer's output on to the
-layer's input through the transpose of its current weight; a rule sends something else there. That, and which activity
-the layer's own weight gradient is formed with, is all that distinguishes the rules. With e the gradient of the loss at
-the output of the network, W the current weight, W0 the initial one, B a random one, a the input activity of the layer,
-and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4 of the
-paper):
+Principle. A *layer* is a product (matrix product or convolution) of an activity with something that is made of
+parameters alone, its *weight*. Everything else a network is made of (biases, normalisation, activation functions,
+pooling, additions, products of activities, look-up) is differentiated as it stands. Backprop sends the error delta that
+arrives at a layer's output on to its input through the transpose of its current weight; a rule sends something else
+there. That, and which activity the weight's gradient is formed with, is all that distinguishes the rules. With e the
+gradient of the loss at the output of the network, W the current weight, W0 the initial one, B a random one, a the layer's
+input, and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -26,69 +25,66 @@ paper):
     KolenPollack             B^T delta, and B learns: dB = delta a^T  delta a^T              B, like the weights
     WeightMirror             B^T delta, and B is estimated from noise delta a^T              B, like the weights
     DirectFeedbackAlignment  B^T e, at the block's activity           delta a^T              B, outputs x activities
-    AlignAda                 W0^T delta0 (delta0: initial network)    delta a^T              the initial network
-    AlignZero                W0^T delta0                              delta0 a0^T            the initial network
+    AlignAda                 W0^T delta0 (delta0: initial network)    delta a^T              the initial parameters
+    AlignZero                W0^T delta0                              delta0 a0^T            the initial parameters
 
 In every rule e is computed at the current network's output, and the layers above the last learn by their own gradient.
+
+Weights. B, M and W0 stand in for parameters and go through all that the network makes of these before they meet an
+activity: scaling, masks, casts, W + A C of an adapter (B for all three), the slices of packed attention and of LSTM, GRU
+and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a gain, for itself; in spectral norm B is
+divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
+complex B, and errors go back through the conjugate transpose. nn.Bilinear is a layer whose activity is the outer product
+of its inputs. A product of two weights is no layer, nor is one of two activities (attention scores).
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives, to its bias and normalisation, and becomes the layer's delta.
 
-- AlignAda: the error enters at the argument of the activation function directly in front of the next layer if there is
-  one, with nothing between but functions that rearrange, copy or pad entries (so that the initial network's derivative
+- AlignAda: the error enters at the argument of the activation function in front of the next layer if there is one, with
+  nothing between but functions that rearrange, copy or pad its entries alone (so that the initial network's derivative
   of the activation is used, as published), else at the layer's input; at the readout, which is the layer called last,
   always at its input. `coupling="activity"` puts it at the layer's input everywhere, which is how the paper defines the
-  rule for recurrent networks. Activation functions with parameters (PReLU) count as part of the block, and learn.
+  rule for recurrent networks.
 - DirectFeedbackAlignment: a block ends at the output of the first activation function after the layer, or at the input
   of the next layer if none comes before it. e enters there, and nothing flows back past such a place.
 
+Activation functions are those in ACTIVATIONS; others, and those with parameters, count as part of the block.
+
 Branches. Errors add up wherever an activity is used more than once, as in backprop: a residual addition hands the error
-to both of its sides as it is, a concatenation to each its part, and a layer that is called several times (or two that
-share one weight) gets the sum over its calls, all with the same B or W0. A skip connection is cut by no layer, so an
-error that enters behind it goes back along it, through the current network's derivatives, to all the blocks that it
-passes (in AlignZero: the initial network's; in DirectFeedbackAlignment: as far as the next end of a block).
+to both of its sides, a concatenation to each its part, and a layer that is called several times gets the sum over its
+calls. A skip connection is cut by no layer, so an error that enters behind it goes back along it, through the current
+network's derivatives (in AlignZero the initial network's), to all the blocks that it passes; in DirectFeedbackAlignment
+as far as the next end of a block.
 
-Normalisation. Running statistics are updated once per step, by the current network. The initial network of AlignAda and
-AlignZero has running statistics of its own, updated by its own activities in the same steps. Every module of it is in
-the mode, train or eval, of the same module in the current network, draws the same random numbers (from torch's, NumPy's
-and Python's generators and those that modules hold), and starts each call from the same state: what modules keep
-between calls, as spiking neurons do, in attributes and in buffers other than running statistics, is copied from the
-current network.
+The initial network is its parameters and its own statistics (buffers named in STATISTICS), which its own activities
+update in the same steps. All else it shares with the current one: modules, modes, random draws, which are made once,
+and the state that the network keeps between calls, from which both start. Frozen parameters do not learn; errors go
+through their layers as through the others. Weights of zeros get feedback of zeros, through which nothing goes back.
 
-Frozen parameters (requires_grad False) do not learn; errors go through their layers as through the others. A layer
-whose weights are zero gets feedback of zero by default (B is drawn with the deviation that W has), and so do the
-Align rules' and the sign's: nothing goes back through it until other feedback is given.
+How it works. torch.compile's Dynamo writes a call down, and notices when anything that Python decided has changed; the
+rest of torch makes that one graph of operators; a rule is a small change to the graph, and runs as generated code under
+autograd. Each new graph is checked on the batch that caused it: as backprop it must give the network's output and
+gradients. What Dynamo cannot write down (control flow on values) is recorded anew at every call, with one warning.
+Backward hooks of modules are not called.
 
-A rule is right or raises. Learned weights that it cannot follow raise TypeError: when the rule is made, for fused
-modules (LSTM, MultiheadAttention), transposed convolutions, Bilinear, weights made from other parameters, complex
-weights, and matrices that a module of your own holds; at the call, for learned tensors in matrix products outside a
-layer (products entry by entry, such as gains, are differentiated as they stand), and for weights that reach the output
-past the calls that were followed (activation checkpointing, scripted functions, a torch.autograd.Function of your own,
-functional transforms). A torch.autograd.Function of activities is differentiated as it stands, as a whole. Backprop
-takes any network as it is, AlignZero any that can be copied, and LastLayer does if it is told what learns. A loss term
-that the network keeps beside its output (`loss + network.penalty`) follows its own errors in the rules that send errors
-back layer by layer; in DirectFeedbackAlignment, AlignAda and AlignZero, which know no error but e, it raises
-RuntimeError in backward(). So does differentiating twice (gradient penalties): a rule's gradient is no gradient of
-anything; only Backprop allows it.
-
-"Activation function" means one of ACTIVATIONS below; others are differentiated as they stand and end no block. Forward
-hooks that change an output run in the initial network of AlignAda and AlignZero too.
-
-`verify` checks a rule on your network, `gradient_angles` and `feedback_angles` measure how far it is from backprop.
+A rule is right or raises, with the network's line of code and a remedy: TypeError for a learned tensor that meets
+activities in any other way than by a product, entry by entry or by look-up, for a torch.autograd.Function that uses
+weights, and for what neither way can write down; RuntimeError for differentiating twice, forward-mode derivatives and
+torch.func around a rule (a rule's gradient is the gradient of nothing), for DataParallel, and for modules or parameters
+other than those that the rule was made with. Backprop takes all of it.
 """
 
 import collections
 import collections.abc
 import contextlib
 import copy
-import dataclasses
-import enum
 import functools
-import inspect
 import itertools
 import math
+import operator
 import random
 import sys
+import textwrap
 import threading
 import types
 import warnings
@@ -97,18 +93,32 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
+import torch.fx.traceback
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils import checkpoint  # noqa: F401 - as torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+Names = Iterable[str]  # of parameters, or of modules
+Named = Mapping[str, Tensor]
 
 # ------------------------------------------------------------------------------------------------ gradient primitives
 
 
-class _Couple(torch.autograd.Function):
+def sg(value: Any) -> Any:
+    """The stop-gradient."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class _Couple(Function):
     @staticmethod
     def forward(ctx, value: Tensor, path: Tensor) -> Tensor:
         return value.detach()
@@ -120,56 +130,73 @@ class _Couple(torch.autograd.Function):
 
 
 def couple(value: Tensor, path: Tensor) -> Tensor:
-    """`value + path - sg(path)`, sg the stop-gradient: the value of `value`, bit for bit; its gradient goes to both.
-
-    Both tensors have the same shape.
-    """
-    return _Couple.apply(value, path)
+    """`value + path - sg(path)`, two tensors of one shape: the value of `value`, bit for bit; its gradient goes to both."""
+    return _Couple.apply(value, path) if isinstance(path, Tensor) and path.requires_grad else value
 
 
 def swap_grad(value: Tensor, path: Tensor) -> Tensor:
     """`sg(value) + path - sg(path)`: the value of `value`, bit for bit; its gradient goes to `path` alone."""
-    return _Couple.apply(value.detach(), path)
+    return couple(sg(value), path)
 
 
-class _Transport(torch.autograd.Function):
+class _Transport(Function):
     @staticmethod
-    def forward(ctx, output: Tensor, layer_input: Tensor, transpose: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.transpose, ctx.dtype = transpose, layer_input.dtype
+    def forward(ctx, output: Tensor, activity: Tensor, weight: Tensor, product, side: int, options) -> Tensor:
+        ctx.save_for_backward(activity, weight)
+        ctx.through = product, side, options
         return output.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         _require_once()
-        sent = ctx.transpose(gradient)
-        return gradient, sent if sent.dtype == ctx.dtype else sent.to(ctx.dtype), None
+        return gradient, _transposed(gradient, *ctx.saved_tensors, *ctx.through), None, None, None, None
 
 
-def transport(output: Tensor, layer_input: Tensor, transpose: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value `output`; its gradient goes to `output`, and through `transpose` to the layer's input."""
-    return _Transport.apply(output, layer_input, transpose) if layer_input.requires_grad else output
+def transport(output: Tensor, activity: Tensor, weight: Tensor, product, side: int, options) -> Tensor:
+    """The value `output`; its gradient goes to `output`, and through `weight` to the activity that a layer reads.
+
+    `product` is the layer's operator, `side` tells which factor the activity is, `options` are the operator's others.
+    """
+    if not activity.requires_grad:
+        return output
+    return _Transport.apply(output, activity, weight, product, side, options)
 
 
-class _Substitute(torch.autograd.Function):
+def _transposed(gradient: Tensor, activity: Tensor, weight: Tensor, product, side: int, options) -> Tensor:
+    """The gradient of a product for its factor `activity`, if the other one is `weight`."""
+    if product is aten.convolution.default:
+        wanted = (side == 0, side == 1, False)
+        factors = (activity, weight) if side == 0 else (weight, activity)
+        return aten.convolution_backward(gradient, *factors, None, *options, wanted)[side]
+    if activity.dim() + weight.dim() == 2:  # of vectors
+        sent = gradient * weight.conj()
+    elif activity.dim() + weight.dim() == 3 and product in VECTORS:
+        sent = gradient[:, None] * weight.conj() if side == 0 else weight.mH @ gradient
+    else:
+        sent = gradient @ weight.mH if side == 0 else weight.mH @ gradient
+    return sent if options == 1 else options * sent
+
+
+class _Direct(Function):
     @staticmethod
-    def forward(ctx, output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], *receivers: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx, output: Tensor, send: Callable, count: int, *places: Tensor) -> Tensor:
+        ctx.send, ctx.count, ctx.asked = send, len(places) - count, any(place.is_leaf for place in places[count:])
         return output.detach()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, e: Tensor):
         _require_once()
-        if ctx.gradients is None:
-            raise RuntimeError("this graph has been used and freed: give backward() retain_graph=True to use it again")
-        sent = ctx.gradients(gradient)
-        if not _graph_is_kept():
-            ctx.gradients = None  # which holds the graph behind the output
-        return None, None, *sent
+        if ctx.asked:
+            raise RuntimeError("inputs get no error in direct feedback, and one has requires_grad; hand it over as data")
+        return e, None, None, *ctx.send(e), *[None] * ctx.count
 
 
-def substitute(output: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], receivers: list[Tensor]) -> Tensor:
-    """The value `output`; its gradient e goes to the receivers, as `gradients(e)`, one for each."""
-    return _Substitute.apply(output.detach(), gradients, *receivers)
+def direct(output: Tensor, send: Callable[[Tensor], list], ends: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """The value `output`; its gradient e goes to `output` and, as `send(e)`, to the ends of blocks, one for each.
+
+    It does not go to `inputs`: backward() raises RuntimeError where one of them is a leaf that is to have a gradient.
+    """
+    return _Direct.apply(output, send, len(ends), *ends, *(t for t in inputs if t.requires_grad))
 
 
 def _require_once() -> None:
@@ -187,38 +214,55 @@ class Rule(nn.Module):
     """A network with a learning rule: called, it gives the network's own output; differentiated, the rule's gradient.
 
     Args:
-        network: any torch.nn.Module that returns one tensor. It is not changed; its parameters are the ones that learn.
+        network: any torch.nn.Module that returns tensors (in tuples, lists, dicts). It is not changed; its parameters
+            are the ones that learn.
+        activities: names of its parameters that are activities and not weights.
 
     Where gradients are disabled (torch.no_grad) a rule just calls the network. `state_dict` holds what the rule keeps.
-    A rule can be compiled (torch.compile); call it once on a batch before.
+    The first call with a new kind of input takes seconds: it is written down and checked.
+
+    Raises:
+        TypeError: the network is scripted, compiled, lazy without shapes, or holds a rule; at a call, see the module.
+        ValueError: an unknown name.
     """
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.known = _Known()  # what was found out about the network's calls
-        self.key = _registered(self)
+    layerwise = True  # it looks at layers, and so must know what every learned tensor does
+    back = "W"  # what carries errors back through a layer, in words
 
-    def forward(self, *inputs, **keywords) -> Tensor:
+    def __init__(self, network: nn.Module, activities: Names = ()):
+        super().__init__()
+        _require_plain(network)
+        self.network, self.activities = network, _parameters_within(network, activities)
+        self.known = _modules_and_parameters(network)
+
+    @torch.compiler.disable  # a torch.compile around a rule leaves it as one call
+    def forward(self, *inputs, **keywords) -> Any:
         if not torch.is_grad_enabled():
             return self.network(*inputs, **keywords)
-        if torch.compiler.is_compiling():
-            return _compiled(self, inputs, keywords)
-        with _lock(self.network):
-            # Tensors of other libraries' own kinds see every function that they are given, and so must the rule.
-            self.known.everything |= any(type(t) not in PLAIN for t in _tensors_in((inputs, keywords)))
-            return self.attached(*inputs, **keywords)
+        return _Call(self, inputs, keywords).result()
 
-    def __setstate__(self, state) -> None:
-        super().__setstate__(state)  # of a deep copy, or from a pickle
-        self.key = _registered(self)
-
-    def attached(self, *inputs, **keywords) -> Tensor:
-        """The network's output with the rule's gradient."""
+    def derive(self, draft: "Draft") -> list:
+        """Write the network's outputs, with the rule's gradient, into a draft."""
         raise NotImplementedError
 
+    def settings(self) -> tuple:
+        """What `derive` depends on beside the network."""
+        return (self.activities,)
+
+    def tensors(self) -> Mapping[str, Any]:
+        """What `derive` asks for by `draft.own`, as it is at this call."""
+        return {}
+
+    def finish(self, outputs: list, extras: list, arguments: list) -> list:
+        """After what was derived has run: the outputs that the caller gets."""
+        return outputs
+
+    def enters(self, graph: "Graph", layer: "Layer") -> str:
+        """Where the error that is sent through a layer enters, in words."""
+        return "its input"
+
     def feedback_weights(self) -> dict[str, Tensor]:
-        """What stands in for the layers' weights when errors go back, by the weights' names; empty if nothing does."""
+        """What stands in for parameters when errors go back, by their names; empty if nothing does."""
         return {}
 
     def become_backprop(self) -> None:
@@ -229,12 +273,31 @@ class Rule(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} is backprop at no parameters; nothing can be compared")
 
+    def explain(self, *inputs, code: bool = False, **keywords) -> str:
+        """What the rule is on this network, for a batch: its layers in the order of their calls, what carries their
+        errors back and where these enter, what is differentiated as it stands, and what does not learn. With `code`,
+        the generated code as well, in which the rule's own tensors have the names of those that they stand in for.
+        """
+        return _explained(self, inputs, keywords, code)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key not in ("known", "entry", "recorded")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # of a deep copy, or from a pickle
+        self.known = _modules_and_parameters(self.network)
+
 
 class Backprop(Rule):
-    """Gradient descent as it is, for comparison: the error W^T delta."""
+    """Gradient descent as it is, for comparison: the error W^T delta. It takes any network, and torch.func."""
 
-    def attached(self, *inputs, **keywords) -> Tensor:
+    layerwise = False
+
+    def forward(self, *inputs, **keywords) -> Any:
         return self.network(*inputs, **keywords)
+
+    def derive(self, draft: "Draft") -> list:
+        return draft.outputs(draft.follow(draft.inputs()))
 
     def become_backprop(self) -> None:
         pass  # it is
@@ -243,40 +306,34 @@ class Backprop(Rule):
 class LastLayer(Rule):
     """Only the readout learns, by e a^T; no graph is kept below it.
 
-    Below the readout activities have no gradient (`requires_grad` is False), if the network asks. The output is the
-    network's own to the last bit but for products of activities with each other (attention), which torch may compute in
-    another order where they have none. A weight that the readout shares (a tied embedding) learns wherever it is used.
-
     Args:
         learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
-            A network whose layers cannot be followed needs them named.
 
     Raises:
-        TypeError: as for FeedbackAlignment, where `learns` is not given.
-        ValueError: a name in `learns` is no parameter or module with parameters of the network.
+        TypeError: no layer of torch.nn is registered, and `learns` is not given.
+        ValueError: an unknown name in `learns`.
     """
 
-    def __init__(self, network: nn.Module, learns: Iterable[str] | None = None):
+    layerwise = False
+    back = "nothing"
+
+    def __init__(self, network: nn.Module, learns: Names | None = None):
         super().__init__(network)
         if learns is None:
-            _require_layers(network, remedy="or name what learns: learns=(...)")
-            learns = [list(layer_weights(network))[-1].removesuffix("weight").removesuffix(".")]
-        names = dict(network.named_parameters(remove_duplicate=False))  # a shared one by each of its names
-        for place in learns:
-            if not any(_within(name, place) for name in names):
-                raise ValueError(f"the network has no parameter {place!r}; it has {', '.join(names)}")
-        learning = {id(p) for name, p in names.items() if any(_within(name, place) for place in learns)}
-        self.learns = tuple(name for name, p in network.named_parameters() if id(p) in learning)
+            if not (weights := list(layer_weights(network))):
+                raise TypeError("the network has no torch.nn.Linear or Conv layer; name what learns: learns=(...)")
+            learns = [weights[-1].removesuffix("weight").removesuffix(".")]
+        self.learns = _parameters_within(network, learns)
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        frozen = [p for name, p in self.network.named_parameters() if name not in self.learns]
-        with _WithoutGraph(self.network, frozen, watched=not self.known.everything):
-            output = _unwatched(self.network(*inputs, **keywords))
-        names = {id(p): name for name, p in self.network.named_parameters() if name not in self.learns}
-        for node, through in _ends_of_graph([tensor.grad_fn for tensor in _tensors_in((output,))], set(), 0):
-            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                raise TypeError(_unseen(name, f"through {through}"))
-        return output
+    def settings(self) -> tuple:
+        return (self.learns,)
+
+    def derive(self, draft: "Draft") -> list:
+        now = draft.inputs()
+        for place, name in draft.graph.parameters.items():
+            if name not in self.learns:
+                now[place] = draft.call(sg, now[place])
+        return draft.outputs(draft.follow(now))
 
 
 class FeedbackAlignment(Rule):
@@ -284,60 +341,76 @@ class FeedbackAlignment(Rule):
 
         sent to the layer's input: B^T delta        dW = delta a^T
 
-    By hand: tests/test_updates_by_hand.py. With B = W it is backprop.
+    By hand: tests/rules/test_updates_by_hand.py. With B = W it is backprop.
 
     Args:
-        feedback: one tensor per layer weight, by the weight's name and of its shape. Default: drawn from a normal
-            distribution with the standard deviation that the weight has now (its size, for a single weight).
+        feedback: tensors by the names of the parameters that they stand in for, and of their shapes; at least one for
+            every weight of a torch.nn.Linear or Conv layer. Default, and for other parameters of two dimensions or
+            more: drawn from a normal distribution with the standard deviation that the parameter has now (its size,
+            for a single weight).
         generator: for that draw.
-        added: names of parameters with two or more dimensions, held by modules of your own, that are added to
-            activities and do not multiply them: position embeddings, initial states. (Those whose first dimension is 1
-            need not be named.)
+        added: names of parameters that are activities: learned initial states of recurrent networks, learned queries.
+            (What is only added to activities, as position embeddings are, needs no name.)
 
     Raises:
-        TypeError: the network has no layers, or keeps weights where the rule cannot follow them (module docstring); at
-            a call, it multiplies activities by a learned tensor outside its layers, or uses weights unseen.
-        ValueError: `feedback` does not fit the weights of the network; an unknown name in `added`.
+        TypeError: as in the module's docstring.
+        ValueError: `feedback` does not fit the network's parameters; an unknown name in `added`; at a call, a layer
+            has a weight for which there is no feedback (a vector, for one).
     """
+
+    back = "B"
 
     def __init__(
         self,
         network: nn.Module,
-        feedback: Mapping[str, Tensor] | None = None,
+        feedback: Named | None = None,
         generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
+        added: Names = (),
     ):
-        super().__init__(network)
-        _require_layers(network, tuple(added))
-        weights = layer_weights(network)
-        if feedback is None:
-            feedback = {name: _normal_like(w, _spread(w), generator) for name, w in weights.items()}
-        self.feedback = self.kept([B.detach().clone() for B in _fitting(feedback, weights)])
+        super().__init__(network, added)
+        given, parameters = feedback or {}, dict(network.named_parameters())
+        self.names = _stood_in_for(network, self.activities, given)
+        self.feedback = self.kept(
+            _like(parameters[name], given[name]) if name in given else self.drawn(parameters[name], generator)
+            for name in self.names
+        )
 
-    def kept(self, feedback: list[Tensor]) -> nn.Module:
-        """The feedback weights, in the order of the layers', as the rule holds them."""
-        return _Buffers(feedback)
+    def kept(self, feedback: Iterable[Tensor]) -> nn.Module:
+        """The feedback weights, in the order of `names`, as the rule holds them."""
+        return _Tensors({str(k): B for k, B in enumerate(feedback)})
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        with _Pass(self, self.network, layer=self.layer, stand_ins=self.stand_ins()) as calls:
-            output = self.network(*inputs, **keywords)
-        return calls.examined(output)
+    def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The feedback for a parameter, where none is given."""
+        parameter = parameter.detach()
+        return _normal_like(parameter, parameter.std() if parameter.numel() > 1 else parameter.abs().sum(), generator)
 
-    def layer(self, call: "Call") -> Tensor:
-        return transport(call.output(call.input.detach()), call.input, call.transpose(call.stand_in))
+    def settings(self) -> tuple:
+        return self.activities, self.names
 
-    def stand_ins(self) -> dict[str, Tensor]:
-        """What errors of the call at hand go back through."""
-        return self.feedback_weights()
+    def tensors(self) -> Mapping[str, Any]:
+        return {f"feedback.{name}": B.data for name, B in self.feedback_weights().items()}
+
+    def derive(self, draft: "Draft") -> list:
+        for layer in draft.graph.layers.values():
+            if not set(layer.names) & set(self.names):
+                raise ValueError(f"the weight {layer.names} has no feedback; give feedback={{{layer.names[0]!r}: ...}}")
+        B = draft.stand_ins("feedback", self.names)
+        now = draft.follow(draft.inputs(), lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
+        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]
+
+    def layer(self, draft: "Draft", layer: "Layer", now: dict, B) -> Any:
+        """y = a W, and the error at y goes to a through B."""
+        a = now[layer.activity]
+        y = draft.again(layer.node, now, {layer.position: draft.call(sg, a)})
+        return draft.call(transport, y, a, B, *draft.product(layer, now))
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        return dict(zip(layer_weights(self.network), self.feedback, strict=True))
+        return dict(zip(self.names, self.feedback, strict=True))
 
     @torch.no_grad()
     def become_backprop(self) -> None:
-        weights = layer_weights(self.network)
         for name, feedback in self.feedback_weights().items():
-            weights[name].copy_(feedback)
+            self.network.get_parameter(name).copy_(feedback)
 
 
 class AlignProp(FeedbackAlignment):
@@ -348,9 +421,13 @@ class AlignProp(FeedbackAlignment):
     `added` and errors as for FeedbackAlignment. At the initial weights it is backprop.
     """
 
-    def __init__(self, network: nn.Module, added: Iterable[str] = ()):
-        _require_plain(network)
-        super().__init__(network, layer_weights(network), added=added)
+    back = "W0"
+
+    def __init__(self, network: nn.Module, added: Names = ()):
+        super().__init__(network, added=added)
+
+    def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
+        return parameter.detach().clone()
 
 
 class SignSymmetry(FeedbackAlignment):
@@ -361,11 +438,10 @@ class SignSymmetry(FeedbackAlignment):
     (Liao, Leibo & Poggio, 2016; Moskovitz, Litwin-Kumar & Abbott, 2018.) Where |W| = M it is backprop.
 
     Args:
-        variant: "uSF": M is one constant for each layer, sqrt(2/(fan_in + fan_out)), the fans as torch.nn.init counts
+        variant: "uSF": M is one constant for each weight, sqrt(2/(fan_in + fan_out)), the fans as torch.nn.init counts
             them; "frSF": M = |N(0, 1)| times that constant, drawn once; "brSF": drawn anew at every call that is
-            differentiated (not by looking at it, as `feedback_angles` does), from a seed and a count that are part of
-            the state.
-        magnitudes: M itself, one tensor >= 0 per layer weight, by its name and of its shape; for uSF and frSF.
+            differentiated, from a seed and a count that are part of the state.
+        magnitudes: M itself, tensors >= 0 as FeedbackAlignment takes its feedback; for uSF and frSF.
         exact: names of layers that send the exact error W^T delta (Xiao et al., 2019, let the readout).
         generator: for M, or brSF's seed.
         added: as for FeedbackAlignment.
@@ -376,55 +452,55 @@ class SignSymmetry(FeedbackAlignment):
     """
 
     VARIANTS = ("uSF", "frSF", "brSF")
+    back = "M o sign W"
 
     def __init__(
         self,
         network: nn.Module,
         variant: str = "uSF",
-        magnitudes: Mapping[str, Tensor] | None = None,
-        exact: Iterable[str] = (),
+        magnitudes: Named | None = None,
+        exact: Names = (),
         generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
+        added: Names = (),
     ):
         chosen = {name.lower(): name for name in self.VARIANTS}.get(str(variant).lower())
         if chosen is None:
             raise ValueError(f"variant must be one of {', '.join(self.VARIANTS)}, not {variant!r}")
         if magnitudes is not None and chosen == "brSF":
             raise ValueError("brSF draws its magnitudes at every call; give them to uSF or frSF")
-        _require_layers(network, added := tuple(added))
-        weights = layer_weights(network)
-        if magnitudes is None:
-            magnitudes = {name: _magnitudes(w, generator, draw=chosen != "uSF") for name, w in weights.items()}
-        elif any((M < 0).any() for M in magnitudes.values()):
+        if any((M < 0).any() for M in (magnitudes or {}).values()):
             raise ValueError("magnitudes must not be negative")
-        super().__init__(network, magnitudes, added=added)
-        self.variant, self.exact = chosen, _named_weights(network, exact)
+        self.variant = chosen
+        super().__init__(network, magnitudes, generator, added)
+        self.exact = _parameters_within(network, exact)
         if chosen == "brSF":
             self.register_buffer("seed", _seed(generator))
-            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
+        constant = math.sqrt(2 / sum(nn.init._calculate_fan_in_and_fan_out(parameter)))
+        if self.variant == "uSF":
+            return torch.full_like(parameter, constant, requires_grad=False)
+        return _normal_like(parameter, constant, generator).abs()
 
     def become_backprop(self) -> None:
         if self.variant == "brSF":
             raise ValueError("brSF draws its magnitudes anew at every call: it is backprop nowhere")
         super().become_backprop()
 
-    def stand_ins(self) -> dict[str, Tensor]:
-        if self.variant == "brSF":
-            self._redraw()
-        return self.feedback_weights()
-
-    @torch.compiler.disable
     @torch.no_grad()
-    def _redraw(self) -> None:
-        stream = torch.Generator().manual_seed(int(self.seed) + int(self.draws))
-        self.draws += 1
-        for M, weight in zip(self.feedback, layer_weights(self.network).values(), strict=True):
-            M.copy_(_magnitudes(weight, stream))
+    def tensors(self) -> Mapping[str, Any]:
+        if self.variant == "brSF":
+            stream = torch.Generator("cpu").manual_seed(int(self.seed) + int(self.draws))
+            self.draws += 1
+            for name, M in zip(self.names, self.feedback, strict=True):
+                M.copy_(self.drawn(self.network.get_parameter(name), stream))
+        return super().tensors()
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        weights = {name: weight.detach() for name, weight in layer_weights(self.network).items()}
+        weights = {name: self.network.get_parameter(name).detach() for name in self.names}
         magnitudes = zip(weights.items(), self.feedback, strict=True)
-        return {name: weight if name in self.exact else M * weight.sign() for (name, weight), M in magnitudes}
+        return {name: weight if name in self.exact else M * weight.sgn() for (name, weight), M in magnitudes}
 
 
 class KolenPollack(FeedbackAlignment):
@@ -435,42 +511,36 @@ class KolenPollack(FeedbackAlignment):
     B is a parameter of the rule, whose .grad backward() fills: give an optimiser `rule.parameters()`, not
     `network.parameters()`. With weight decay, W - B shrinks by (1 - learning rate x decay) a step of SGD, so that the
     rule becomes backprop; without weight decay W - B never shrinks. Momentum and Adam move both as they do W. A frozen
-    layer's B does not learn.
-
-    Args:
-        feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
+    layer's B does not learn. Arguments and errors as for FeedbackAlignment.
 
     Warns:
         UserWarning: at a call, weights have changed since the last one and no B has: the optimiser lacks B.
-
-    Raises:
-        TypeError, ValueError: as for FeedbackAlignment.
     """
 
-    def kept(self, feedback: list[Tensor]) -> nn.Module:
+    def kept(self, feedback: Iterable[Tensor]) -> nn.Module:
         self.versions: tuple[int, int] | None = None
         return nn.ParameterList(feedback)
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        self._require_learning()
-        return super().attached(*inputs, **keywords)
-
-    def layer(self, call: "Call") -> Tensor:
-        if call.learns:  # dB = dW, through whatever the network makes of the weight before it uses it
-            call.weight = couple(call.weight, call.stand_in)
-        return super().layer(call)
-
-    def _require_learning(self) -> None:
-        """Warn where the optimiser moves W and not B."""
-        weights = [weight for weight in layer_weights(self.network).values() if weight.requires_grad]
+    def tensors(self) -> Mapping[str, Any]:
+        weights = [w for name in self.names if (w := self.network.get_parameter(name)).requires_grad]
         versions = sum(w._version for w in weights), sum(B._version for B in self.feedback)
         if self.versions is not None and versions[0] != self.versions[0] and versions[1] == self.versions[1]:
             warnings.warn(
                 "the weights have changed and their feedback weights have not: give the optimiser rule.parameters(), "
                 "not network.parameters(), or KolenPollack is feedback alignment",
-                stacklevel=6,
+                stacklevel=_depth(),
             )
         self.versions = versions
+        return {f"feedback.{name}": B for name, B in self.feedback_weights().items()}
+
+    def layer(self, draft: "Draft", layer: "Layer", now: dict, B) -> Any:
+        # dB = dW, through whatever the network makes of the weight before it uses it.
+        now = {**now, layer.weight: draft.call(_learn_alike, now[layer.weight], B)}
+        return super().layer(draft, layer, now, draft.call(sg, B))
+
+
+def _learn_alike(weight: Tensor, feedback: Tensor) -> Tensor:
+    return couple(weight, feedback * 1) if weight.requires_grad else weight  # so that .grad has memory of its own
 
 
 class WeightMirror(FeedbackAlignment):
@@ -489,79 +559,84 @@ class WeightMirror(FeedbackAlignment):
         feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
 
     Raises:
-        TypeError, ValueError: as for FeedbackAlignment; ValueError for a rate outside of 0 < rate <= 1.
+        TypeError, ValueError: as for FeedbackAlignment; ValueError for a rate outside of 0 < rate <= 1; TypeError from
+            `mirror`, for a weight that is not its parameter scaled, masked or rearranged.
     """
 
     def __init__(
         self,
         network: nn.Module,
         rate: float = 0.01,
-        feedback: Mapping[str, Tensor] | None = None,
+        feedback: Named | None = None,
         generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
+        added: Names = (),
     ):
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be above 0 and at most 1, not {rate}")
         super().__init__(network, feedback, generator, added)
         self.rate = rate
         self.register_buffer("seed", _seed(generator))
-        self.register_buffer("mirrored", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mirrored", torch.zeros((), dtype=torch.int64, device="cpu"))
 
-    @torch.no_grad()
     def mirror(self, *inputs, **keywords) -> None:
-        """A mirror step. It changes B alone: no parameter, no buffer of the network, no generator's state.
-
-        Its noise follows from a seed and the number of the mirror step, which are part of the rule's state.
-
-        Args:
-            inputs, keywords: a batch, as for the network; its values matter only as far as they decide which layers are
-                called.
-        """
-        stream = torch.Generator().manual_seed(int(self.seed) + int(self.mirrored))
+        """A mirror step, for a batch as the network takes it, whose values matter only as far as they decide which
+        layers are called. It changes B alone, and the count of mirror steps: its noise follows from that and a seed."""
+        stream = torch.Generator("cpu").manual_seed(int(self.seed) + int(self.mirrored))
         self.mirrored += 1
         rate = max(self.rate, 1 / int(self.mirrored))
-        for B, (products, positions) in zip(self.feedback, self._sums(stream, inputs, keywords), strict=True):
-            met = positions != 0  # not of a layer that was not called, a tap that lies outside, a masked weight
-            B.copy_(torch.where(met, B + rate * (products / positions - B), B))
-
-    def _sums(self, stream: torch.Generator, inputs, keywords) -> list[list[Tensor]]:
-        weights = layer_weights(self.network)
-        # What the network makes of ones in the weight's place (scaling, for one) tells how often a product was counted.
-        ones = {name: torch.ones_like(weight, requires_grad=True) for name, weight in weights.items()}
-        sums = {name: [torch.zeros_like(weight) for _ in range(2)] for name, weight in weights.items()}
-
-        def layer(call: Call) -> Tensor:
-            products = _noise_products(call, list(ones.values()), stream)
-            if not any(part is not None and part.isfinite().all() and part.any() for part in products[1]):
-                raise TypeError(
-                    f"the network makes the weight that it uses from {call.name} in a way that is not proportional to "
-                    "it, so that noise cannot find it; scale or mask it only"
-                )
-            for kind, parts in enumerate(products):
-                for total, part in zip(sums.values(), parts, strict=True):
-                    if part is not None:
-                        total[kind] += part
-            return call.output(call.input)
-
-        with torch.enable_grad(), _undisturbed(self.network), _Pass(self, self.network, layer, stand_ins=ones):
-            self.network(*inputs, **keywords)
-        return list(sums.values())
+        # What the network makes of ones in a weight's place tells how often it is counted.
+        ones = {name: torch.ones_like(self.network.get_parameter(name), requires_grad=True) for name in self.names}
+        meeting = _Meeting(self, {"stream": stream, **{f"ones.{name}": one for name, one in ones.items()}})
+        with torch.enable_grad(), _undisturbed(self.network, (inputs, keywords)):
+            _Call(meeting, inputs, keywords).result()
+        sums = [
+            torch.autograd.grad(total, list(ones.values()), retain_graph=True, allow_unused=True) for total in meeting.totals
+        ]
+        with torch.no_grad():
+            for B, product, positions in zip(self.feedback, *sums, strict=True):
+                if product is not None:  # of a layer that was called
+                    met = positions != 0  # not of a tap that lies outside, a masked weight
+                    B.copy_(torch.where(met, B + rate * (product / positions - B), B))
 
 
-def _noise_products(call: "Call", ones: list[Tensor], stream: torch.Generator):
-    """y x^T for noise x and y = W x at this call, and what its mean is W's multiple of; both for every parameter that
-    the layer's weight is made of, and None for the others."""
-    used, weight = call.stand_in, call.weight.detach()  # made from `ones` as the weight is from the parameter
-    x = _normal_like(call.input, 1, stream)
-    y = call.linear(x, weight)
-    taps = used.detach().requires_grad_()
-    (products,) = torch.autograd.grad(call.linear(x, taps), taps, y)
-    (positions,) = torch.autograd.grad(call.linear(torch.ones_like(x), taps), taps, torch.ones_like(y))
-    # The first has the mean positions * W as used; both then go through what the network does to a weight.
-    return [
-        torch.autograd.grad(used, ones, part, retain_graph=True, allow_unused=True)
-        for part in (products, positions * taps.detach())
-    ]
+class _Meeting(Rule):
+    """What a mirror step computes, as two numbers whose gradients for ones in a weight's place are the sums, over its
+    layers, of y x^T and of what its mean is the weight's multiple of."""
+
+    def __init__(self, rule: WeightMirror, tensors: Mapping[str, Any]):
+        super().__init__(rule.network, rule.activities)
+        self.names, self.given = rule.names, tensors
+
+    def settings(self) -> tuple:
+        return self.activities, self.names
+
+    def tensors(self) -> Mapping[str, Any]:
+        return self.given
+
+    def derive(self, draft: "Draft") -> list:
+        ones = draft.stand_ins("ones", self.names)
+        now = draft.follow(draft.inputs(), None, ones)
+        for layer in draft.graph.layers.values():
+            draft.graph.require_proportional(layer)
+            factors = now[layer.activity], now[layer.weight], ones[layer.weight]
+            draft.extras.append(draft.call(_met, *factors, *draft.product(layer, now), draft.own("stream")))
+        return draft.outputs(now)
+
+    def finish(self, outputs: list, extras: list, arguments: list) -> list:
+        self.totals = [sum(parts) for parts in zip(*extras, strict=True)]
+        return outputs
+
+
+def _met(activity: Tensor, weight: Tensor, ones: Tensor, product, side: int, options, stream) -> tuple[Tensor, Tensor]:
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        left, right = (x, weight) if side == 0 else (weight, x)
+        if product is aten.convolution.default:
+            return product(left, right, None, *options)
+        return options * (left @ right)
+
+    x = _normal_like(activity, 1, stream)
+    y = linear(x, weight.detach())
+    return (y * linear(x, ones)).sum(), linear(torch.ones_like(x), ones.square()).sum() / 2
 
 
 class DirectFeedbackAlignment(Rule):
@@ -581,13 +656,15 @@ class DirectFeedbackAlignment(Rule):
         pooled: draw the default feedback for activities averaged over their positions.
         generator: for that seed.
         added: as for FeedbackAlignment.
+        batch_dim: which dimension of the output counts the examples. Default: the first, if no other can be meant.
 
     Raises:
-        TypeError: as for FeedbackAlignment; at a call, complex activities.
-        ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, or an
-            activity's first dimension is not the output's (the batch); an unknown name in `added`.
-        RuntimeError: in backward(), a loss reaches the network's parameters past its output.
+        TypeError: as for FeedbackAlignment; at a call, complex activities, or outputs other than one tensor.
+        ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, an
+            activity's first dimension is not the batch, or `batch_dim` is needed (as many time steps as examples).
     """
+
+    back = "nothing; B^T e enters at the end of every block"
 
     def __init__(
         self,
@@ -595,150 +672,161 @@ class DirectFeedbackAlignment(Rule):
         feedback: Iterable[Tensor] | None = None,
         pooled: bool = False,
         generator: torch.Generator | None = None,
-        added: Iterable[str] = (),
+        added: Names = (),
+        batch_dim: int | None = None,
     ):
-        super().__init__(network)
-        _require_layers(network, tuple(added))
-        self.pooled = pooled
-        self.feedback = _Buffers([] if feedback is None else [B.detach().clone() for B in feedback])
-        self.drawn = feedback is not None
-        if not self.drawn:
+        super().__init__(network, added)
+        self.pooled, self.batch_dim, self.given = pooled, batch_dim, feedback is not None
+        self.feedback = _Tensors({str(k): B.detach().clone() for k, B in enumerate(feedback or ())})
+        if not self.given:
             self.register_buffer("seed", _seed(generator))
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        inputs, keywords = _without_gradient((inputs, keywords))  # data: e does not go back to them
-        with (blocks := _Blocks(self, self.network, self.layer, self.activation)):
-            output = _one_tensor(self.network(*inputs, **keywords))
-        ends = blocks.ends
-        output = blocks.examined(output)
-        if not output.dim():
-            raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
-        if not blocks.in_block(output):
+    def derive(self, draft: "Draft") -> list:
+        graph, now = draft.graph, draft.inputs()
+        inside = set()  # of a block that has not ended
+
+        def end(node: fx.Node) -> None:
+            draft.extras.append(now[node])
+            now[node] = draft.call(sg, now[node])
+            inside.discard(node)
+
+        for node in graph.nodes:
+            if (layer := graph.layers.get(node)) and layer.activity in inside:
+                end(layer.activity)
+            cut = {layer.position: draft.call(sg, now[layer.activity])} if layer else {}
+            now[node] = draft.again(node, now, cut)
+            if layer or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
+                inside.add(node)
+                if _operator(node) in ACTIVATIONS:
+                    end(node)
+        draft.write_state(now)
+        if len(graph.results) != 1:
+            raise TypeError("DirectFeedbackAlignment needs one tensor that the network returns, and none that it keeps")
+        if inside.isdisjoint(graph.results):
             raise ValueError(
                 "the network ends in an activation function, behind which its last layer would not see its own error; "
                 "apply that function outside the network"
             )
-        if not self.drawn:
-            self._draw(output, ends)
-        self._check(output, ends)
-        feedback = list(self.feedback)
+        return draft.outputs(now)
 
-        def errors(e: Tensor) -> list[tuple[GradientEdge, Tensor]]:
-            return [(end.edge, _project(_by_example(e), B, end)) for B, end in zip(feedback, ends, strict=True)]
-
-        return blocks.connected(output, errors)
-
-    def activation(self, call: "ActivationCall") -> Tensor:
-        if not call.behind_layer:  # of data, or of a parameter: part of the block that uses it
-            return call.network_result()
-        return call.returned(call.blocks.landed(call.output(call.argument)))
-
-    def layer(self, call: "Call") -> Tensor:
-        if call.blocks.in_block(call.input):
-            call.input = call.blocks.landed(call.input)
-        output = call.output(call.input.detach())
-        # Behind a frozen layer too, so that freezing changes what learns and not where the blocks are.
-        return output if output.requires_grad else _with_graph(output)
-
-    def _draw(self, output: Tensor, ends: list["_End"]) -> None:
-        outputs, stream = output[0].numel(), torch.Generator().manual_seed(int(self.seed))
-        for end in ends:
-            shape = end.shape[1:2] if self.pooled else end.shape[1:]
-            empty = torch.empty(outputs, *shape, dtype=end.dtype, device=end.device)
-            self.feedback.append(_normal_like(empty, shape.numel() ** -0.5, stream))
-        self.drawn = True
-
-    def _check(self, output: Tensor, ends: list["_End"]) -> None:
-        outputs = output[0].numel()
-        if output.is_complex() or any(end.dtype.is_complex for end in ends):
-            raise TypeError("DirectFeedbackAlignment needs real activities; split complex ones into two")
-        if any(end.shape[0] != output.shape[0] for end in ends):
-            raise ValueError(
-                "DirectFeedbackAlignment needs activities whose first dimension is the output's, the batch"
-            )
-        shapes = [(outputs, *end.shape[1:]) for end in ends]
+    def finish(self, outputs: list, ends: list[Tensor], arguments: list) -> list:
+        inputs = [t for t in arguments if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+        k, output = next((k, f) for k, f in enumerate(outputs) if _differentiable(f))
+        shape = self._by_example(output, ends, inputs)
+        if not self.given and not len(self.feedback):
+            stream = torch.Generator("cpu").manual_seed(int(self.seed))
+            for end in ends:
+                empty = end.new_empty(shape[1:].numel(), *(end.shape[1:2] if self.pooled else end.shape[1:]))
+                self.feedback.append(_normal_like(empty, max(empty.shape[1:].numel(), 1) ** -0.5, stream))
+        shapes = [(shape[1:].numel(), *end.shape[1:]) for end in ends]
         given = [tuple(B.shape) for B in self.feedback]
-        fits = [B in (shape, shape[:2]) for B, shape in zip(given, shapes, strict=False)]
-        if len(given) != len(shapes) or not all(fits):
+        if len(given) != len(shapes) or any(B not in (s, s[:2]) for B, s in zip(given, shapes, strict=True)):
             raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
+        places = [(B.data, end.shape, end.dtype) for B, end in zip(self.feedback, ends, strict=True)]
+
+        def send(e: Tensor) -> list[Tensor]:
+            e = e.movedim(self.batch_dim or 0, 0).reshape(shape[0], shape[1:].numel())
+            return [_projected(e, *place) for place in places]
+
+        outputs[k] = direct(output, send, ends, inputs)
+        return outputs
+
+    def _by_example(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> torch.Size:
+        """The output's shape, its batch first."""
+        if any(t.is_complex() for t in (output, *ends)):
+            raise TypeError("DirectFeedbackAlignment needs real activities; split complex ones into two")
+        if not output.dim():
+            raise ValueError("the network returns a single number; DirectFeedbackAlignment needs outputs per example")
+
+        def square(t: Tensor) -> bool:
+            return t.dim() > 1 and t.shape[0] == t.shape[1] > 1
+
+        deep = [t for t in (output, *ends) if t.dim() > 2]
+        doubtful = square(output) and (output in deep or any(map(square, inputs)))
+        if self.batch_dim is None and (doubtful or (any(map(square, inputs)) and any(map(square, deep)))):
+            raise ValueError(
+                f"which dimension of the output {tuple(output.shape)} counts the examples of the batch? Say so: "
+                "DirectFeedbackAlignment(..., batch_dim=...)"
+            )
+        shape = output.movedim(self.batch_dim or 0, 0).shape
+        if any(end.shape[:1] != shape[:1] for end in ends):
+            raise ValueError(
+                "DirectFeedbackAlignment needs activities whose first dimension is the batch, as is the output's "
+                "(batch_dim=... names another of the output)"
+            )
+        return shape
+
+    def enters(self, graph: "Graph", layer: "Layer") -> str:
+        return "-"
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        # Weights drawn at the first call are not there yet when a checkpoint is loaded into a fresh rule.
-        stored = [name for name in state_dict if name.startswith(f"{prefix}feedback.")]
-        if not self.drawn and stored:
-            like = next(iter(layer_weights(self.network).values()))
-            for k in range(len(stored)):
-                self.feedback.append(like.new_empty(state_dict[f"{prefix}feedback.{k}"].shape))
-            self.drawn = True
+        if not self.given:  # drawn at the first call: there, or not yet, as in the state
+            stored = {k: B for k in map(str, range(len(state_dict))) if (B := state_dict.get(f"{prefix}feedback.{k}")) is not None}
+            device = next((p.device for p in self.network.parameters()), None)
+            self.feedback = _Tensors({k: torch.empty_like(B, device=device) for k, B in stored.items()})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-class _End(NamedTuple):
-    """Of a block: where its activity's gradient enters the graph."""
-
-    edge: GradientEdge
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _by_example(error: Tensor) -> Tensor:
-    return error.reshape(len(error), -1)  # (batch, outputs)
-
-
-def _project(error: Tensor, feedback: Tensor, end: _End) -> Tensor:
+def _projected(error: Tensor, feedback: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """B^T e for a block: (batch, outputs) onto its shape; feedback is (outputs, *shape[1:]), or (outputs, channels)."""
     # In the order of the feedback's memory, channels last for one, so that the error comes in that of the activity.
-    last = feedback.movedim(1, -1)
-    turned = feedback.dim() > 2 and last.is_contiguous()
+    turned = feedback.dim() > 2 and (last := feedback.movedim(1, -1)).is_contiguous()
     rows = last if turned else feedback
     sent = (error @ rows.flatten(1).to(error.dtype)).unflatten(1, rows.shape[1:])
     if turned:
         sent = sent.movedim(-1, 1)
-    if feedback.dim() < len(end.shape):  # feedback onto activities that are averaged over all positions
-        positions = end.shape[2:].numel()
-        sent = (sent / positions).reshape(*sent.shape, *[1] * len(end.shape[2:])).expand(end.shape)
-    return sent.to(end.dtype)
+    if feedback.dim() < len(shape):  # activities are averaged over all positions
+        sent = (sent / shape[2:].numel()).reshape(*sent.shape, *[1] * len(shape[2:])).expand(shape)
+    return sent.to(dtype)
 
 
 class _FromInitial(Rule):
-    """A rule that keeps the network as it was when the rule was made, in `initial`.
+    """A rule that keeps the initial parameters, and statistics of its own, in `initial`.
 
     Args:
         live: names of parameters that the initial network reads at their current value, because they are activities
             and not weights: the learned initial state of a recurrent network.
+        added: names of other parameters that are activities.
     """
 
-    def __init__(self, network: nn.Module, live: Iterable[str] = ()):
-        super().__init__(network)
-        _require_plain(network)
-        self.live = tuple(live)
-        _require_parameters(network, self.live)
-        self.initial = copied(network).requires_grad_(False)
-        self.initial.zero_grad()
-        for module in self.initial.modules():  # what looks at errors, or changes them, does so in the current network
-            module._backward_hooks.clear()
-            module._backward_pre_hooks.clear()
+    back = "W0, in the initial network"
 
-    def prepare_initial(self) -> None:
-        """Let the initial network start where the current one does: in each module's mode, and with its state.
+    def __init__(self, network: nn.Module, live: Names = (), added: Names = ()):
+        super().__init__(network, (*live, *added))
+        self.live = _parameters_within(network, live)
+        statistics = {name: t for name, t in network.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+        kept = {**dict(network.named_parameters()), **statistics}
+        self.initial = _Tensors({name: t.detach().clone() for name, t in kept.items()})
 
-        And freeze it again, where `rule.requires_grad_()` was meant for the network.
+    def settings(self) -> tuple:
+        return self.activities, self.live, tuple(self.initial.named())
+
+    def tensors(self) -> Mapping[str, Any]:
+        return {f"initial.{name}": t.data for name, t in self.initial.named().items()}
+
+    def initially(self, draft: "Draft", now: dict, of_input: Callable[[Any], Any]) -> dict:
+        """The initial network's values before it runs: its parameters and statistics; what both networks share.
+
+        Args:
+            of_input: from an input's value, or that of a live parameter, to the initial network's.
         """
-        for parameter in self.initial.parameters():
-            if parameter.requires_grad and parameter.is_leaf:
-                parameter.requires_grad_(False)
-        _carry_state(self.network, self.initial)
+        graph, kept = draft.graph, self.initial.named()
+        first = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED}
+        for place, value in draft.places.items():
+            own = (name := graph.names[place]) in kept and name not in self.live
+            first[place] = draft.own(f"initial.{name}") if own else of_input(value)
+        return first
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        return layer_weights(self.initial)
+        kept = self.initial.named()
+        return {name: kept[name] for name in _stood_in_for(self.network, self.activities, {})}
 
     @torch.no_grad()
     def become_backprop(self) -> None:
-        initial = dict(self.initial.named_parameters())
+        kept = self.initial.named()
         for name, parameter in self.network.named_parameters():
             if name not in self.live:
-                parameter.copy_(initial[name])
+                parameter.copy_(kept[name])
 
 
 class AlignZero(_FromInitial):
@@ -746,38 +834,28 @@ class AlignZero(_FromInitial):
 
         sent to the layer's input: W0^T delta0      dW = delta0 a0^T
 
-    output = sg(f) + f0 - sg(f0), and d(output)/d(theta0) is what theta gets. Takes any network that can be copied,
-    fused modules included. At the initial parameters it is backprop.
+    output = sg(f) + f0 - sg(f0), and d(output)/d(theta0) is what theta gets. At the initial parameters it is backprop.
 
     Raises:
-        TypeError: the network cannot be copied; at a call, it checkpoints activations, or its copy uses the original's
-            parameters.
+        TypeError: at a call, as in the module's docstring (but any use of a learned tensor is right).
         ValueError: an unknown name in `live`.
-        RuntimeError: in backward(), a loss reaches the network's parameters past its output.
     """
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        self.prepare_initial()
-        again = _Again(self, inputs, keywords)
-        with _forward_hooks_noted(self.network, self.initial):
-            output = _value(self.network, inputs, keywords)
-        with again as (inputs, keywords):
-            return swap_grad(output, self.from_initial(self.network, *inputs, **keywords))
+    layerwise = False
 
-    def from_initial(self, target: nn.Module, *inputs, **keywords) -> Tensor:
-        """f0, the initial network's output, with d(f0)/d(theta0) going to the namesakes of theta0 in `target`."""
-        initial = dict(self.initial.named_parameters())
-        routed = {
-            id(initial[name]): parameter
-            if name in self.live
-            else _named_like(parameter, swap_grad(initial[name], parameter))
-            for name, parameter in target.named_parameters()
-            if parameter.requires_grad
-        }
-        foreign = [p for name, p in target.named_parameters() if name not in self.live]
-        with (calls := _Routed(self.initial, routed, foreign, self.known)):
-            output = self.initial(*inputs, **keywords)
-        return calls.examined(output)
+    def derive(self, draft: "Draft") -> list:
+        inputs = draft.inputs()
+        now = draft.follow({place: draft.call(sg, value) for place, value in inputs.items()})
+        first = self.from_initial(draft, now, inputs)
+        return [draft.call(swap_grad, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
+
+    def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
+        """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
+        first = self.initially(draft, now, lambda value: value)
+        for place in draft.graph.parameters:
+            live = draft.graph.names[place] in self.live
+            first[place] = receivers[place] if live else draft.call(swap_grad, first[place], receivers[place])
+        return draft.follow(first, own_state=True)
 
 
 class AlignAda(_FromInitial):
@@ -795,52 +873,63 @@ class AlignAda(_FromInitial):
         added: as for FeedbackAlignment; the names in `live` count as well.
 
     Raises:
-        TypeError: as for FeedbackAlignment; the network cannot be copied; at a call, what came in front of a layer was
-            made where the rule cannot follow it.
+        TypeError: as for FeedbackAlignment.
         ValueError: an unknown coupling or name.
-        RuntimeError: at a call, the initial network calls other functions than the current one; in backward(), a loss
-            reaches the network's parameters past its output.
     """
 
     def __init__(
         self,
         network: nn.Module,
         coupling: str = "preactivation",
-        live: Iterable[str] = (),
-        uncoupled: Iterable[str] = (),
-        added: Iterable[str] = (),
+        live: Names = (),
+        uncoupled: Names = (),
+        added: Names = (),
     ):
-        live = tuple(live)
-        _require_layers(network, (*added, *live))
-        super().__init__(network, live)
+        super().__init__(network, live, added)
         if coupling not in ("preactivation", "activity"):
             raise ValueError(f"coupling must be 'preactivation' or 'activity', not {coupling!r}")
-        self.coupling = coupling
-        self.uncoupled = _named_weights(network, uncoupled)
+        self.coupling, self.uncoupled = coupling, _parameters_within(network, uncoupled)
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        self.prepare_initial()
-        again = _Again(self, inputs, keywords, detach=True)
-        current = _Private(self, self.network, layer=_cut, origins=self.coupling == "preactivation")
-        inputs, keywords = current.receiving((inputs, keywords))
-        with _hooks_told(self.network), _forward_hooks_noted(self.network, self.initial), current:
-            output = _one_tensor(self.network(*inputs, **keywords))
-        output = current.examined(output)
-        with again as (inputs, keywords), (initial := _Replay(self, current, self._coupled(current.calls))):
-            initial_output = self.initial(*inputs, **keywords)
-        initial.ended(initial_output)
-        return current.connected(output, initial.errors)
+    def settings(self) -> tuple:
+        return *super().settings(), self.coupling, self.uncoupled
 
-    def _coupled(self, calls: list["Call"]) -> list[bool]:
-        """For each call of a layer: whether an error enters in front of it; where it does says `call.origin`."""
-        for call in calls:
-            if call.name == calls[-1].name:  # the readout: at its input
-                call.origin = None
-        return [call.name not in self.uncoupled and call.input.requires_grad for call in calls]
+    def derive(self, draft: "Draft") -> list:
+        def cut(layer: Layer, now: dict) -> Any:
+            """y = sg(a) W."""
+            return draft.again(layer.node, now, {layer.position: draft.call(sg, now[layer.activity])})
 
+        now = draft.follow(draft.inputs(), cut)
+        coupled = {}  # activation functions of the initial network, and what rearranges their outputs
 
-def _cut(call: "Call") -> Tensor:
-    return call.output(call.input.detach())
+        def coupling(layer: Layer, first: dict) -> Any:
+            """y0 = a0 W0; the error at a0 also goes to the place in the current network where it enters."""
+            a = layer.activity
+            if set(layer.names) & set(self.uncoupled):
+                return draft.again(layer.node, first)
+            activation, path = self.entrance(draft.graph, layer)
+            if activation is None:
+                a0 = draft.call(couple, first[a], now[a])
+                return draft.again(layer.node, first, {layer.position: a0})
+            for node in (activation, *path):
+                if node not in coupled:
+                    u = activation.args[0]
+                    at_u = {0: draft.call(couple, first[u], now[u])} if node is activation else {}
+                    coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
+            return draft.again(layer.node, first, {layer.position: coupled[a]})
+
+        first = draft.follow(self.initially(draft, now, lambda value: draft.call(sg, value)), coupling, own_state=True)
+        return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
+
+    def entrance(self, graph: "Graph", layer: "Layer") -> tuple[fx.Node | None, list[fx.Node]]:
+        """The activation function at whose argument the error enters, and what rearranges its output; None: at a."""
+        readout = layer.names == graph.last.names
+        return (None, []) if readout or self.coupling == "activity" else graph.origin(layer.activity)
+
+    def enters(self, graph: "Graph", layer: "Layer") -> str:
+        if set(layer.names) & set(self.uncoupled):
+            return "nowhere"
+        activation, _ = self.entrance(graph, layer)
+        return "its input" if activation is None else f"the argument of {_operator(activation)}"
 
 
 RULES: dict[str, type[Rule]] = {
@@ -857,21 +946,19 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ checks and alignment
+# ------------------------------------------------------------------------------------------ checks, angles, explanation
 
 
 def verify(
-    rule: Rule,
-    loss_function: Callable[[Tensor], Tensor],
-    *inputs,
-    double: bool = False,
-    tolerance: float | None = None,
+    rule: Rule, loss_function: Callable[[Any], Tensor], *inputs, double: bool = False, tolerance: float | None = None,
     **keywords,
-) -> dict[str, float]:
-    """Check, on a copy of rule and network, that the rule is backprop where it should be: at the initial parameters for
-    AlignProp, AlignAda and AlignZero, at W = B for feedback alignment and its kin.
+) -> dict[str, float]:  # fmt: skip
+    """Check that the rule is backprop where it should be: at the initial parameters for AlignProp, AlignAda and
+    AlignZero, at W = B for feedback alignment and its kin.
 
-    Nothing that belongs to the rule, the network or the generators of random numbers is changed.
+    Compared are the output and the gradients of every parameter that learns, of inputs (all floating-point ones get one
+    for this) and of tensors outside of the network. Nothing that belongs to the rule, the network or the generators of
+    random numbers is changed.
 
     Args:
         loss_function: from the network's output to the loss, a scalar.
@@ -887,2145 +974,1165 @@ def verify(
         RuntimeError: the output or some gradients differ; it names the parameters.
         ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment, SignSymmetry's brSF).
     """
-    rule = copied(rule)
-    if double:
-        rule = rule.double()
-        inputs, keywords = _map_tensors(lambda t: t.double() if t.is_floating_point() else t, (inputs, keywords))
-    inputs, keywords = _map_tensors(lambda t: t.detach().clone(), (inputs, keywords))
-    rule.become_backprop()
-    reference = copied(rule.network)
-    found = []
-    with torch.enable_grad():
-        for function, network in ((reference, reference), (rule, rule.network)):
-            with _Randomness(rule.network):
+    fed: list[Tensor] = []
+
+    def feed(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(torch.float64 if double and tensor.is_floating_point() else tensor.dtype).clone()
+        if _differentiable(tensor):
+            fed.append(tensor.requires_grad_())
+        return tensor.clone()  # which the network may write to
+
+    inputs, keywords = _mapped(feed, (inputs, keywords))
+    with _undisturbed(rule), torch.enable_grad():
+        for parameter in rule.parameters():
+            parameter.data = parameter.data.clone()
+        if double:
+            rule.double()
+        rule.become_backprop()
+        learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
+        names = {**learning, **{f"input {k}": t for k, t in enumerate(fed)}}
+        found = []
+        for function in (rule.network, rule):
+            with _undisturbed(rule):
                 output = function(*inputs, **keywords)
-            learning = {name: p for name, p in network.named_parameters() if p.requires_grad}
-            with torch.autocast(_one_tensor(output).device.type, enabled=False):  # which is for forward passes
-                grads = torch.autograd.grad(loss_function(output), list(learning.values()), allow_unused=True)
-            found.append((output.detach(), dict(zip(learning, grads, strict=True))))
-    (output, expected), (own, gradients) = found
-    if not torch.equal(output, own):
+                if function is rule.network:
+                    outside = _leaves(output, names.values())
+                    names |= {f"a tensor {tuple(t.shape)} outside of the network": t for t in outside}
+                found.append(_tensors(output) + _gradients(loss_function(output), list(names.values())))
+    expected, own = found
+    outputs = len(expected) - len(names)
+    limit = _tolerance(expected[0].dtype, 1e-3, 0.1) if tolerance is None else tolerance
+    if not all(share <= limit for share in _shares(own[:outputs], expected[:outputs])):
         raise RuntimeError("the rule's output is not the network's own")
-    largest = max((g.abs().max().item() for g in expected.values() if g is not None and g.numel()), default=0.0)
-    # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
-    floor = max(1e-4 * largest, torch.finfo(output.dtype).tiny)
-    shares = {name: _share(gradients[name], gradient, floor) for name, gradient in expected.items()}
-    if tolerance is None:
-        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(output.dtype, 0.1)
-    if wrong := {name: share for name, share in shares.items() if not share <= tolerance}:
-        told = ", ".join(f"{name} by {share:.2g}" for name, share in wrong.items())
-        raise RuntimeError(
-            f"where the rule should be backprop, gradients differ from it (as shares of its own): {told}"
-        )
-    return shares
-
-
-def _share(gradient: Tensor | None, expected: Tensor | None, floor: float) -> float:
-    """The largest difference, relative to the largest entry expected; a missing gradient is one of zeros."""
-    if gradient is None and expected is None:
-        return 0.0
-    expected = torch.zeros_like(gradient) if expected is None else expected
-    gradient = torch.zeros_like(expected) if gradient is None else gradient
-    if not expected.numel():
-        return 0.0
-    return (gradient - expected).abs().max().item() / max(expected.abs().max().item(), floor)
+    shares = dict(zip(names, _shares(own[outputs:], expected[outputs:]), strict=True))
+    if wrong := ", ".join(f"{name} by {share:.2g}" for name, share in shares.items() if not share <= limit):
+        raise RuntimeError(f"where the rule should be backprop, gradients differ (as shares of backprop's): {wrong}")
+    return {name: shares[name] for name in learning}
 
 
 def gradient_angles(
-    rule: Rule, loss_function: Callable[[Tensor], Tensor], *inputs, **keywords
+    rule: Rule, loss_function: Callable[[Any], Tensor], *inputs, **keywords
 ) -> dict[str, float | None]:
     """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
 
     To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
-    autocast where the rule was. It changes neither .grad, parameters, buffers (running statistics) nor the state of the
-    generators of random numbers. Dropout draws masks other than the step's, unless that state is first put back to
-    what it was before the step.
+    autocast where the rule was. It changes neither .grad, parameters, buffers nor the state of the generators of random
+    numbers. Dropout draws masks other than the step's, unless that state is first put back to what it was before.
 
     Args:
         loss_function: from the network's output to the loss, a scalar.
 
     Returns:
-        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two gradients is missing or zero.
+        Degrees, 0 to 180, for every weight of `layer_weights` by its name; None where one of the two gradients is
+        missing or zero.
     """
-    network, weights = rule.network, layer_weights(rule.network)
+    weights = layer_weights(rule.network)
     learning = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    with torch.enable_grad(), _undisturbed(network):
-        loss = loss_function(network(*inputs, **keywords))
-        with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
-            exact = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    with torch.enable_grad(), _undisturbed(rule.network, (inputs, keywords)):
+        exact = _gradients(loss_function(rule.network(*inputs, **keywords)), list(learning.values()))
     exact = dict(zip(learning, exact, strict=True))
     return {name: _angle(weight.grad, exact.get(name)) for name, weight in weights.items()}
 
 
 def feedback_angles(rule: Rule) -> dict[str, float | None]:
-    """Angles between the weights that errors go back through and the current ones, as they stand.
-
-    Errors go back through B in FeedbackAlignment and its kin, through M o sign W in SignSymmetry, and through the
-    initial weights in AlignProp, AlignAda and AlignZero.
+    """Angles between what errors go back through and the current weights, as they stand: B in FeedbackAlignment and its
+    kin, M o sign W in SignSymmetry, the initial weights in AlignProp, AlignAda and AlignZero.
 
     Returns:
-        Degrees, 0 to 180, for every layer's weight by its name; None where one of the two is zero. Empty for rules
-        without weights to compare (Backprop, LastLayer, DirectFeedbackAlignment).
+        Degrees, 0 to 180, for every weight by its name; None where one of the two is zero. Empty for rules without
+        weights to compare (Backprop, LastLayer, DirectFeedbackAlignment).
     """
-    weights = layer_weights(rule.network)
-    return {name: _angle(feedback, weights[name]) for name, feedback in rule.feedback_weights().items()}
+    return {name: _angle(B, rule.network.get_parameter(name)) for name, B in rule.feedback_weights().items()}
 
 
 def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
     """Between two tensors as vectors, in degrees; None where it is undefined."""
-    if one is None or other is None:
+    if one is None or other is None or not one.any() or not other.any():
         return None
     # Double precision, on the host where a device has none (mps).
-    one, other = ((t.cpu() if t.device.type == "mps" else t).detach().double().flatten() for t in (one, other))
-    if not one.any() or not other.any():
-        return None
+    one, other = ((t.cpu() if t.device.type == "mps" else t).detach().flatten() for t in (one, other))
+    one, other = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (one, other))
     one, other = one / one.norm(), other / other.norm()
     # Exact for small angles too, unlike the arc cosine (Kahan, 2006, "How futile are mindless assessments").
     return math.degrees(2 * math.atan2((one - other).norm().item(), (one + other).norm().item()))
 
 
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that a rule treats as layers', by name, in order of registration; a shared one once."""
-    return _Inventory(network).layers
+    """The weights of torch.nn.Linear, Conv1d, 2d, 3d and their subclasses, by name, in order of registration; a shared
+    one once. (Which other weights a network's layers have, only a call shows: `Rule.explain`.)"""
+    modules = [(name, m._parameters.get("weight")) for name, m in network.named_modules() if isinstance(m, LAYERS)]
+    once = {id(weight): (f"{name}.weight".lstrip("."), weight) for name, weight in reversed(modules) if weight is not None}
+    return dict(reversed(once.values()))
 
 
-# --------------------------------------------------------------------------------------------------- feedback weights
+def _explained(rule: Rule, inputs, keywords, code: bool) -> str:
+    with torch.enable_grad(), _undisturbed(rule, (inputs, keywords)):
+        call = _Call(rule, inputs, keywords)
+        call.result()
+    graph, program = call.read
+    shape = {n: str(tuple(v.shape)) if isinstance(v := n.meta.get("val"), Tensor) else "-" for n in graph.kinds}
+    rows = [("layer", "activity -> output", "error enters at")]
+    for k in graph.layers.values():
+        rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", rule.enters(graph, k)))
+    first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
+    others = [n for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers and n.op == "call_function"]
+    learns = rule.learns if isinstance(rule, LastLayer) else dict(rule.network.named_parameters())
+    told = {
+        "differentiated as they stand": [f"{name} {n}" for name, n in collections.Counter(map(_operator, others)).items()],
+        "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
+        "do not learn": [n for n, p in rule.network.named_parameters() if n not in learns or not p.requires_grad],
+    }
+    return "\n".join(
+        [f"{type(rule).__name__} on {type(rule.network).__name__}: errors go back through {rule.back}", ""]
+        + [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
+        + [line for title, parts in told.items() if parts for line in ("", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99))]
+        + ([program.code] if code and program else [])
+    )
 
 
-class _Buffers(nn.Module):
-    """A list of tensors that move and are saved with the module that holds them."""
+# -------------------------------------------------------------------------------------------------- the graph: reading
 
-    def __init__(self, tensors: Iterable[Tensor]):
-        super().__init__()
-        for tensor in tensors:
-            self.append(tensor)
+FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
 
-    def append(self, tensor: Tensor) -> None:
-        self.register_buffer(str(len(self)), tensor)
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __iter__(self):
-        return iter(self._buffers.values())
-
-
-def _fitting(feedback: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """In the order of the weights.
-
-    Raises:
-        ValueError: other names or shapes than theirs.
-    """
-    expected = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if (given := {name: tuple(B.shape) for name, B in feedback.items()}) != expected:
-        raise ValueError(f"feedback weights must have the names and shapes {expected}, not {given}")
-    return [feedback[name] for name in weights]
-
-
-def _spread(weight: Tensor) -> Tensor:
-    """The standard deviation of its entries; of a single one, which has none, its size."""
-    return weight.detach().std() if weight.numel() > 1 else weight.detach().abs().sum()
-
-
-def _seed(generator: torch.Generator | None) -> Tensor:
-    return torch.randint(2**62, (), generator=generator)
-
-
-def _normal_like(tensor: Tensor, std: float | Tensor, generator: torch.Generator | None) -> Tensor:
-    drawn = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-    return (drawn * float(std)).to(tensor.device)
-
-
-def _magnitudes(weight: Tensor, generator: torch.Generator | None, draw: bool = True) -> Tensor:
-    """M of sign-symmetry for a weight: a constant, or drawn with that constant as the deviation of its normal."""
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    constant = math.sqrt(2 / (fan_in + fan_out))
-    if draw:
-        return _normal_like(weight, constant, generator).abs()
-    return torch.full_like(weight, constant, requires_grad=False)
-
-
-# --------------------------------------------------------------------------------- the engine: a network's calls, seen
-
+# Products, and the positions of their two factors.
+PRODUCTS = {
+    aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2),
+    aten.mv.default: (0, 1), aten.addmv.default: (1, 2), aten.dot.default: (0, 1), aten.vdot.default: (0, 1),
+    aten._sparse_addmm.default: (1, 2), aten.convolution.default: (0, 1),
+}  # fmt: skip
+VECTORS = {aten.mv.default, aten.addmv.default}
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# By the names of ATen's operators:
+ACTIVATIONS = set(
+    "relu leaky_relu elu gelu silu mish softplus hardtanh hardswish hardsigmoid log_sigmoid_forward threshold sigmoid "
+    "tanh".split()
+)
+# What rearranges, copies or pads entries, beside views.
+REARRANGING = set(
+    "clone _to_copy constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d index index_select gather flip roll repeat pixel_shuffle pixel_unshuffle "
+    "channel_shuffle im2col stack cat reshape lift_fresh_copy getitem".split()
+)
+# How a learned tensor may meet activities beside products and entry by entry: it is looked up, put beside them or
+# written into them; it is the gain or bias of a normalisation or of gates.
+MEETING = REARRANGING | set(
+    "embedding _embedding_bag take index_put slice_scatter select_scatter scatter index_copy index_add scatter_add "
+    "masked_scatter native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+    "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
+    "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
+    "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex copied".split()
+)
+# What is made of the shape of its argument alone.
+SHAPED = set("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size".split())
+# Buffers of which the initial network has its own: of normalisation, and the vectors of spectral norm.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v")
 
 
-class _Inventory:
-    """What the modules of a network hold, in one walk: `places` of its tensors, as (who holds it, by what name, the
-    tensor); `parameters` by name and `buffers`, each once; and `layers`, those of them that are layers' weights."""
+class Layer(NamedTuple):
+    """A product of an activity and a weight, by their positions among its node's arguments, and the names of the
+    parameters that the weight is made of."""
 
-    def __init__(self, network: nn.Module):
-        self.places: list[tuple[dict, str, Tensor]] = []
-        self.parameters: dict[str, Tensor] = {}
-        self.buffers: list[Tensor] = []
-        self.layers: dict[str, Tensor] = {}
-        seen, layers = set(), set()
-        for name, module in network.named_modules():
-            prefix = f"{name}." if name else ""
-            for key, tensor in module._parameters.items():
-                if tensor is None:
-                    continue
-                self.places.append((module._parameters, key, tensor))
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    self.parameters[prefix + key] = tensor
-                if key == "weight" and isinstance(module, LAYERS) and id(tensor) not in layers:
-                    layers.add(id(tensor))
-                    self.layers[prefix + key] = tensor
-            for key, tensor in module._buffers.items():
-                if tensor is not None:
-                    self.places.append((module._buffers, key, tensor))
-                    self.buffers.append(tensor)
+    node: fx.Node
+    position: int
+    weight_position: int
+    names: tuple[str, ...]
 
-    @contextlib.contextmanager
-    def holding(self, twins: Mapping[int, Tensor], shared: bool = True):
-        """The network's modules hold these tensors in the place of their own, given by id.
+    activity = property(lambda self: self.node.args[self.position])
+    weight = property(lambda self: self.node.args[self.weight_position])
+    side = property(lambda self: int(self.position > self.weight_position))
+
+
+
+class Graph:
+    """A call of a network, read: what each of its nodes is made of (`kinds`), and which are `layers`, in order.
+
+    `places` are its inputs, `names` those of parameters and buffers among them, `parameters` the former alone;
+    `results` what it gives, and `state` what it writes back, by place.
+    """
+
+    def __init__(self, graph: fx.Graph, names: Iterable[str | None], parameters: Named, activities: Names):
+        *nodes, output = graph.nodes
+        self.places = [node for node in nodes if node.op == "placeholder"]
+        self.names = dict(zip(self.places, names, strict=True))
+        self.parameters = {place: name for place, name in self.names.items() if name in parameters}
+        writes = {n: n.args[0] for n in nodes if n.target is aten.copy_.default and n.args[0] in self.names}
+        self.state = {place: node.args[1] for node, place in writes.items()}
+        self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
+        self.output = output.args[0]
+        self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f)]
+        kept: set[fx.Node] = set()
+        self._read(activities, kept)
+        while more := {p for p, n in self.state.items() if self.kinds[p] == FIXED and self.kinds[n] == ACTIVITY}:
+            kept |= more  # buffers that hold activities from one call to the next
+            self._read(activities, kept)
+        self.last = next(reversed(self.layers.values()), None)
+
+    def _read(self, activities: Names, kept: set[fx.Node]) -> None:
+        self.kinds: dict[fx.Node, int] = {}
+        self.layers: dict[fx.Node, Layer] = {}
+        sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
+        for place, name in self.names.items():
+            learned = place in self.parameters and name not in activities
+            if learned or (name and name.rpartition(".")[2] in STATISTICS):
+                self.kinds[place], sources[place] = WEIGHT, frozenset([name] if learned else [])
+            else:
+                held = name and place not in self.parameters and place not in kept
+                self.kinds[place] = FIXED if held or not isinstance(place.meta.get("val"), Tensor) else ACTIVITY
+        for node in self.nodes:
+            kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
+            self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
+            if kind == WEIGHT:
+                sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
+            factors = PRODUCTS.get(node.target)
+            for one, other in (factors, factors[::-1]) if factors else ():
+                if self.kinds[node.args[one]] == ACTIVITY and sources.get(node.args[other]):
+                    self.layers[node] = Layer(node, one, other, tuple(sorted(sources[node.args[other]])))
+
+    def origin(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+        """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order."""
+        path: list[fx.Node] = []
+        while _operator(node) not in ACTIVATIONS:
+            parts = [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
+            if len(parts) != 1 or not _rearranges(node):
+                return None, []
+            path.insert(0, node)
+            node = parts[0]
+        return node, path
+
+    def require_layers(self) -> None:
+        """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
+        found = [] if self.layers else ["there is no product of an activity and a weight at all"]
+        for node in self.nodes:
+            learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
+            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
+            if self.kinds[node] == ACTIVITY and learned and not known:
+                found.append(f"{_operator(node)} at {_line(node)}")
+        if found:
+            raise TypeError(
+                "learned tensors must meet activities in a product, entry by entry or by look-up, but: "
+                f"{'; '.join(found)}. If such a tensor is an activity (a learned query or state), name its parameter: "
+                f"added=(...). {REMEDY}"
+            )
+
+    def require_proportional(self, layer: Layer) -> None:
+        """Raise TypeError unless a layer's weight is one parameter, scaled, masked or rearranged."""
+        node = layer.weight
+        while node.op != "placeholder":
+            parts = [part for part in node.all_input_nodes if self.kinds[part] == WEIGHT and _flows(part)]
+            if len(parts) != 1 or not (_rearranges(node) or _operator(node) in ("mul", "div")):
+                raise TypeError(
+                    f"the network makes a weight of {', '.join(layer.names)} in a way that is not proportional "
+                    f"({_operator(node)} at {_line(node)}), so that noise cannot find it; scale or mask it only"
+                )
+            node = parts[0]
+
+
+def _operator(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+
+
+def _rearranges(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) or _operator(node) in REARRANGING
+
+
+def _flows(node: fx.Node) -> bool:
+    """Whether a gradient can go through a node's value."""
+    value = node.meta.get("val")
+    return any(map(_differentiable, value if isinstance(value, tuple | list) else [value]))
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it is a random draw, through which no gradient goes; of what draws inside see `Draft.follow`."""
+    inside = _operator(node).startswith(("_scaled_dot_product", "rrelu"))
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.target is bernoulli or (seeded and not inside)
+
+
+def _line(node: fx.Node) -> str:
+    """Where the network calls it."""
+    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
+    places = [k for k, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return "a line that torch does not tell"
+    return " ".join([_place(lines[places[-1]]), *lines[places[-1] + 1 : places[-1] + 2]])
+
+
+def _place(line: str) -> str:
+    """From a line of a stack trace: file:line."""
+    return line.removeprefix("File ").split(", in ")[0].replace('"', "").replace(", line ", ":")
+
+
+# -------------------------------------------------------------------------------------------------- the graph: writing
+
+
+class Draft:
+    """A rule's version of a network's call, while it is written: operators and functions, applied to values.
+
+    Values are nodes of a new graph, which becomes code; or, where a call is recorded as it runs (`_Live`), tensors.
+
+    Attributes:
+        places: the values of the call's inputs, by the places of its graph.
+        written: what is written back in the end, as pairs of an input's number or the name of one of the rule's tensors,
+            and a value.
+        extras: values that `Rule.finish` gets beside the outputs.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph, self.code, self.owned, self.written, self.extras = graph, fx.Graph(), {}, [], []
+        self.places = {p: self._placeholder(graph.names[p] or p.name) for p in graph.places}
+
+    def _placeholder(self, name: str) -> fx.Node:
+        name = name.replace(".", "_")
+        return self.code.placeholder(f"layer_{name}" if name[0].isdigit() else name)
+
+    def own(self, name: str) -> Any:
+        """One of `Rule.tensors`."""
+        if name not in self.owned:
+            with self.code.inserting_after([n for n in self.code.nodes if n.op == "placeholder"][-1]):
+                self.owned[name] = self._placeholder(name)
+        return self.owned[name]
+
+    def call(self, function: Callable, *args, **kwargs) -> Any:
+        return self.code.call_function(function, args, kwargs)
+
+    def constant(self, node: fx.Node) -> Any:
+        return self.code.get_attr(node.target)
+
+    def again(self, node: fx.Node, values: Mapping, instead: Mapping[int, Any] = types.MappingProxyType({})) -> Any:
+        """What the network does at a node, with these values of its arguments, and others instead at some positions."""
+        if node.op == "get_attr":
+            return self.constant(node)
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        args = [instead.get(position, value) for position, value in enumerate(args)]
+        if _draws(node):
+            args = [self.call(sg, value) for value in args]
+        return self.call(node.target, *args, **kwargs)
+
+    def product(self, layer: Layer, values: Mapping) -> tuple:
+        """A layer's operator, which of its factors the activity is, and its options: of a convolution stride and the
+        like, of others the number that multiplies the product."""
+        node = layer.node
+        convolves = node.target is aten.convolution.default
+        options = node.args[3:9] if convolves else node.kwargs.get("alpha", 1)
+        return node.target, layer.side, map_arg(options, values.__getitem__)
+
+    def inputs(self) -> dict[fx.Node, Any]:
+        """The values of the call's inputs; copies of those that are written back, so that no gradient needs these."""
+        return self.places | {place: self.call(torch.clone, self.places[place]) for place in self.graph.state}
+
+    def stand_ins(self, kind: str, names: Names) -> dict[fx.Node, Any]:
+        """In the places of these parameters the rule's tensors "kind.name", in those of others what is there."""
+        learned = {place: name for place, name in self.graph.names.items() if self.graph.kinds[place] == WEIGHT}
+        return {p: self.own(f"{kind}.{n}") if n in names else self.call(sg, self.places[p]) for p, n in learned.items()}
+
+    def follow(
+        self, values: dict, at_layer: Callable | None = None, stand_ins: dict | None = None, own_state: bool = False
+    ) -> dict:
+        """Compute every node that has no value yet, in order, and write state back.
 
         Args:
-            shared: they share their content with their own, and shall afterwards (`weight.data = ...` in forward).
+            at_layer: computes a layer's output in its own way, from the layer and the values.
+            stand_ins: values in the places of weights; what the network makes of them is added.
+            own_state: of an initial network: it writes its own statistics, and no other state.
         """
-        swapped = [place for place in self.places if id(place[2]) in twins]
-        for holder, key, tensor in swapped:
-            holder[key] = twins[id(tensor)]
-        try:
-            yield
-        finally:
-            for holder, key, tensor in swapped:
-                twin = twins[id(tensor)]
-                if holder[key] is twin:  # and not what the network has put there
-                    holder[key] = tensor
-                if shared and not _tracing() and type(tensor) in PLAIN and twin.data_ptr() != tensor.data_ptr():
-                    tensor.data = twin.detach().as_subclass(Tensor)
+        if own_state:
+            for node in self.graph.nodes:
+                _require_no_draw_inside(node)
+            values |= {p: self.call(torch.clone, values[p]) for p in self.graph.state if self._own(p)}
+        for node in self.graph.nodes:
+            if node not in values:
+                layer = self.graph.layers.get(node) if at_layer else None
+                values[node] = at_layer(layer, values) if layer else self.again(node, values)
+            if stand_ins is not None and self.graph.kinds[node] == WEIGHT:
+                stand_ins[node] = self.again(node, collections.ChainMap(stand_ins, values))
+        self.write_state(values, own_state)
+        return values
+
+    def _own(self, place: fx.Node) -> str | None:
+        name = f"initial.{self.graph.names[place]}"
+        return name if name in self.owned else None
+
+    def write_state(self, values: dict, own: bool = False) -> None:
+        for place, node in self.graph.state.items():
+            target = self._own(place) if own else self.graph.places.index(place)
+            if target is not None:
+                self.written.append((target, values[node]))
+
+    def outputs(self, values: dict) -> list:
+        return [values[f] if isinstance(f, fx.Node) else f for f in self.graph.output]
 
 
-LINEAR_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+class _Live(Draft):
+    """A draft that is carried out as it is written, on tensors.
 
-ACTIVATIONS = {
-    F.relu, torch.relu, Tensor.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus,
-    F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.threshold, torch.selu, torch.celu,
-    F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.special.expit, F.tanh, torch.tanh, Tensor.tanh, torch.threshold,
-}  # fmt: skip
-
-# The same functions where they change their argument. (The others do where they take `inplace`.)
-IN_PLACE = {
-    torch.relu_: torch.relu, Tensor.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, Tensor.sigmoid_: torch.sigmoid,
-    torch.tanh_: torch.tanh, Tensor.tanh_: torch.tanh, F.leaky_relu_: F.leaky_relu, F.elu_: F.elu, F.celu_: F.celu,
-    F.selu_: F.selu, F.hardtanh_: F.hardtanh, F.threshold_: F.threshold,
-}  # fmt: skip
-
-
-# The same functions as operators of torch.ops.aten.
-CANONICAL = {
-    operator: function
-    for function in (
-        torch.relu, torch.tanh, torch.sigmoid, torch.selu, torch.celu, F.gelu, F.silu, F.mish, F.softplus, F.elu,
-        F.leaky_relu, F.hardtanh, F.linear, F.conv1d, F.conv2d, F.conv3d, torch.relu_, torch.tanh_, torch.sigmoid_,
-    )
-    for packet in (getattr(torch.ops.aten, function.__name__),)
-    for operator in (packet, packet.default)
-}  # fmt: skip
-
-
-class Call:
-    """A call of a layer, as a rule's `layer` handler sees it. The handler returns the layer's output.
-
-    `name` of the layer's weight; `input`; `weight`, as the network uses it; `stand_in`, what takes that one's place in
-    the backward pass; `learns`, whether the weight does; `origin`, the activation that the input came out of, if it is
-    followed and if there is one; `blocks`, the pass of direct feedback.
+    `recorded` are the values that a recording found, of which draws and constants are taken as they are.
     """
 
-    __slots__ = (
-        "blocks",
-        "function",
-        "input",
-        "keywords",
-        "learns",
-        "name",
-        "node",
-        "origin",
-        "rest",
-        "stand_in",
-        "state",
-        "weight",
-    )
+    def __init__(self, graph: Graph, arguments: list, tensors: Mapping[str, Any], recorded: Mapping[fx.Node, Any]):
+        self.graph, self.owned, self.written, self.extras = graph, tensors, [], []
+        self.places = dict(zip(graph.places, arguments, strict=True))
+        self.fixed = {n: recorded[n] for n in graph.nodes if graph.kinds[n] == FIXED}
 
-    def __init__(self, function, arguments: tuple, keywords: Mapping, source: "_Source"):
-        if len(arguments) < 2:
-            keywords = dict(keywords)
-            arguments += tuple(keywords.pop(name) for name in ("input", "weight")[len(arguments) :])
-        self.function, self.keywords = function, keywords
-        self.input, self.weight, self.rest = arguments[0], arguments[1], arguments[2:]
-        self.name, _, self.learns, self.stand_in = source
-        self.origin = self.node = self.state = None
+    def own(self, name: str) -> Any:
+        return self.owned[name]
 
-    def output(self, layer_input: Tensor) -> Tensor:
-        """What the network would have called, with this input."""
-        output = self.function(layer_input, self.weight, *self.rest, **self.keywords)
-        self.node = output.grad_fn  # behind which lie the weight, the bias and what was done to them
-        return output
+    def call(self, function: Callable, *args, **kwargs) -> Any:
+        return function(*args, **kwargs)
 
-    def linear(self, layer_input: Tensor, weight: Tensor) -> Tensor:
-        """The same without its bias, with another weight."""
-        return self.function(layer_input, weight, None, **self.settings())
-
-    def settings(self) -> dict[str, Any]:
-        """Stride and so on, by name."""
-        given = dict(zip(("stride", "padding", "dilation", "groups"), self.rest[1:], strict=False)) | self.keywords
-        return {name: value for name, value in given.items() if name != "bias"}
-
-    def transpose(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """What sends an error at the layer's output to its input, through this weight, when the pass is over."""
-        if self.function is F.linear:
-            transposed = lambda error: error @ (weight if weight.dtype == error.dtype else weight.to(error.dtype))  # noqa: E731
-        else:
-            transposed = _transposed_convolution(self.function, self.settings(), weight, self.input.shape)
-        state = self.state
-
-        def sent(error: Tensor) -> Tensor:
-            if state.open:
-                raise RuntimeError(INSIDE)
-            return transposed(error)
-
-        return sent
+    def inputs(self) -> dict[fx.Node, Any]:
+        return super().inputs() | self.fixed
 
 
-def _transposed_convolution(function: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
-    """`Call.transpose` for a convolution with these options, of an input of this shape."""
-    if len(shape) < weight.dim():  # one example, without a batch
-        batched = _transposed_convolution(function, options, weight, torch.Size((1, *shape)))
-        return lambda error: batched(error.unsqueeze(0)).squeeze(0)
-    if isinstance(options.get("padding"), str):
-        return _transposed_padded(function, options, weight, shape)
-    gradients = {F.conv1d: nn.grad.conv1d_input, F.conv2d: nn.grad.conv2d_input, F.conv3d: nn.grad.conv3d_input}
-    return lambda error: gradients[function](shape, weight.to(error.dtype), error.contiguous(), **options)
+def _require_no_draw_inside(node: fx.Node) -> None:
+    if _operator(node).startswith(("_scaled_dot_product", "rrelu")):
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("dropout_p") or given.get("training"):
+            raise TypeError(
+                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a rule that computes the network "
+                "twice cannot repeat; set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
 
 
-def _transposed_padded(function: Callable, options: Mapping[str, Any], weight: Tensor, shape: torch.Size):
-    """`_transposed_convolution` for padding "same", whose odd pixel comes last (torch.nn.Conv2d), and "valid"."""
-    sizes, kernel, dilation = shape[-weight.dim() + 2 :], weight.shape[2:], options.get("dilation", 1)
-    dilation = (dilation,) * len(sizes) if isinstance(dilation, int) else dilation
-    same = options["padding"] == "same"
-    totals = [d * (k - 1) if same else 0 for d, k in zip(dilation, kernel, strict=True)]
-    padded = (*shape[: -len(sizes)], *(size + total for size, total in zip(sizes, totals, strict=True)))
-    transpose = _transposed_convolution(function, {**options, "padding": 0}, weight, torch.Size(padded))
-    window = (..., *(slice(total // 2, total // 2 + size) for size, total in zip(sizes, totals, strict=True)))
-    return lambda error: transpose(error)[window]
+# -------------------------------------------------------------------------------------------------- the graph: capture
+# What is private of torch stands here, tried on torch 2.11 and 2.14: Dynamo's settings, errors and ways of writing.
+
+_SETTINGS = {
+    "allow_rnn": True,  # LSTM, GRU and RNN, as their products
+    "recompile_limit": 2**16, "accumulated_recompile_limit": 2**16,  # many rules share a code object
+    "skip_nnmodule_hook_guards": False,  # hooks that come later are noticed
+    "allow_unspec_int_on_nn_module": True,  # counters on modules are numbers, and no reason to capture anew
+    "optimize_ddp": False,  # which would cut the graph
+    "suppress_errors": False,
+}  # fmt: skip
+_FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.Function
+_INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 
 
-class ActivationCall:
-    """A call of an activation function, as a rule's `activation` handler sees it.
+def _transforms() -> str | None:
+    """What is around this call that a rule's gradient cannot go through."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a functional transform (torch.func, torch.vmap)"
+    return "forward-mode derivatives" if torch.autograd.forward_ad._current_level >= 0 else None
 
-    `output` is the function with its settings, changing nothing; `argument` what it is given: a copy, if the network's
-    call would change it, since the rules still need it afterwards. `behind_layer`: the argument is an activity that
-    learns, and not made of parameters alone.
+
+class _Refused(Exception):
+    """torch cannot write a call down; why."""
+
+
+class _Unproved(Exception):
+    """A graph that has not been checked; with the tensors that it was called with."""
+
+
+_now = threading.local()  # .call: the one that this thread is in
+_LOCK = threading.RLock()  # one call at a time
+_COUNT = itertools.count()
+_ENTRIES: "weakref.WeakValueDictionary[tuple, _Entry]" = weakref.WeakValueDictionary()
+_LATEST: "collections.deque[_Entry]" = collections.deque(maxlen=8)
+
+
+def _call_network(network, inputs, keywords):
+    return network(*inputs, **keywords)
+
+
+class _Entry:
+    """What networks of one kind are called through: they share its captures, which end with the last of them."""
+
+    def __init__(self):
+        # Dynamo keeps captures by code object, and what it knows of sizes by its name.
+        code = _call_network.__code__.replace(co_name=f"network_{next(_COUNT)}")
+        self.function = torch.compile(types.FunctionType(code, globals()), backend=_Capture, fullgraph=True)
+
+    @staticmethod
+    def of(network: nn.Module) -> "_Entry":
+        modules = tuple((name, type(module)) for name, module in network.named_modules())
+        kind = modules, tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
+        if (entry := _ENTRIES.get(kind)) is None:
+            entry = _ENTRIES[kind] = _Entry()
+        _LATEST.append(entry)  # for the next rule on such a network
+        return entry
+
+
+class _Capture:
+    """What Dynamo calls in a network's place, with the tensors of the call: the graph of torch calls that it wrote
+    down, made one of operators; `programs`, what rules have made of that."""
+
+    def __init__(self, torch_graph: fx.GraphModule, example_inputs: list):
+        self.torch_graph, self.root, self.programs, self.proved = torch_graph, None, {}, set()
+
+    def __call__(self, *arguments):
+        if self.root is None:
+            try:
+                self.root = _functional(self.torch_graph)
+            except Exception as error:
+                raise _Refused(_reason(error)) from error
+        call, rule = _now.call, _now.call.rule
+        if call.hooks not in self.proved and not call.proving:
+            raise _Unproved(self, arguments)
+        call.carried = True
+        names, parameters = _named(rule, arguments)
+        key = type(rule), rule.settings(), names
+        if (program := self.programs.get(key)) is None:
+            program = self.programs[key] = _program(rule, Graph(self.root.graph, names, parameters, rule.activities), self.root)
+        tensors, arguments = rule.tensors(), list(arguments)
+        with _autocast_off(arguments):
+            outputs, written, extras = program.forward(*arguments, *(tensors[name] for name in program.own))
+        _write(zip(program.targets, written, strict=True), arguments, tensors)
+        call.read = program.read, program
+        return rule.finish(list(outputs), extras, arguments)
+
+
+def _program(rule: Rule, graph: Graph, root: nn.Module) -> fx.GraphModule:
+    """A rule on a graph, as code."""
+    _require_learnable(rule, graph)
+    draft = Draft(graph)
+    outputs = rule.derive(draft)
+    draft.code.output((outputs, [value for _, value in draft.written], draft.extras))
+    draft.code.eliminate_dead_code()
+    program = fx.GraphModule(root, draft.code)
+    program.targets, program.own, program.read = [t for t, _ in draft.written], list(draft.owned), graph
+    return program
+
+
+def _functional(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of ATen operators with nothing in place, from one of torch calls."""
+    values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
+    # oneDNN's recurrent layers are one operator each; without it they are products.
+    without_onednn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    with mode, torch.fx.traceback.preserve_node_meta(), without_onednn, _Spelling():
+        made = make_fx(functools.partial(_functionalised, _Walk(module).run))(*values)
+    for node in made.graph.nodes:
+        _respell(node)
+    made.graph.eliminate_dead_code()
+    return made
+
+
+def _functionalised(function: Callable, *values) -> Any:
+    """What a function computes, with nothing in place; what it writes into its arguments is written in the end.
+
+    torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-
-    __slots__ = ("_arguments", "_function", "_keywords", "argument", "behind_layer", "blocks", "output")
-
-    def __init__(self, function, arguments: tuple, keywords: Mapping, behind_layer: bool):
-        self._function, self._arguments, self._keywords = function, arguments, keywords
-        self.output, changes = _out_of_place(function, arguments, keywords)
-        self.argument = arguments[0].clone() if changes and behind_layer else arguments[0]
-        self.behind_layer = behind_layer
-
-    def network_result(self) -> Tensor:
-        """What the network's own call gives."""
-        return self._function(*self._arguments, **self._keywords)
-
-    def returned(self, result: Tensor) -> Tensor:
-        """This result, without a graph; in the network's own tensor, if its call changes that in place."""
-        own = self._arguments[0]
-        if self.argument is own:
-            return result
-        if own._base is not None:
-            raise TypeError(IN_PLACE_VIEW)
-        return own.detach_().copy_(result)
+    with FunctionalTensorMode():
+        inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
+        results = function(*inside)
+        plain = [_outside(value) for value in inside]
+        results = pytree.tree_map(_outside, results)
+    with torch.no_grad():
+        for value, now in zip(values, plain, strict=True):
+            if isinstance(value, Tensor) and now is not value:
+                value.copy_(now)
+    return results
 
 
-def _out_of_place(function: Callable, arguments: tuple, keywords: Mapping) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """An activation function with its settings, changing nothing, and whether the call would change its argument."""
-    rest, keywords = list(arguments[1:]), dict(keywords)
-    changes = function in IN_PLACE or bool(keywords.pop("inplace", False))
-    place = _inplace_position(function) - 1
-    if 0 <= place < len(rest):
-        changes = bool(rest[place])
-        rest[place] = False
-    activate = IN_PLACE.get(function, function)
-    return (lambda tensor: activate(tensor, *rest, **keywords)), changes
+def _outside(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)
+    return torch._from_functional_tensor(value.elem)
+
+
+class _Walk(fx.Interpreter):
+    """Runs a graph of torch calls, for another to be made of it."""
+
+    def call_function(self, target, args, kwargs):
+        if target is _FUNCTION:  # one operator, which is differentiated as it stands
+            functions, number = _functions(), next(_COUNT)
+            functions[number] = lambda inputs: target(*args[:2], *inputs, **kwargs)
+            return torch.ops.align_rules.function.default(list(args[2:]), number)
+        if getattr(target, "_name", None) in _INLINED and isinstance(args[0], fx.GraphModule):
+            return _Walk(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
 
 
 @functools.cache
-def _inplace_position(function: Callable) -> int:
-    """Among the arguments that a function takes; 0 if it takes no `inplace`."""
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # written in C++: such functions end in an underscore instead
-        return 0
-    return names.index("inplace") if "inplace" in names else 0
+def _functions() -> dict[int, Callable]:
+    """torch.autograd.Functions that are being written down, by number; an operator holds their places."""
+    functions: dict[int, Callable] = {}
 
+    @torch.library.custom_op("align_rules::function", mutates_args=())
+    def function(inputs: list[Tensor], number: int) -> list[Tensor]:
+        return list(functions[number](inputs))
 
-def _in_place(function: Callable, arguments: tuple = (), keywords: Mapping = {}) -> bool:
-    """Whether a call changes its first argument, or what it is given as `out`."""
-    name = getattr(function, "__name__", "").partition(".")[0]
-    if name.startswith("__"):
-        if name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")):
-            return True
-    elif name.endswith("_"):
-        return True
-    if keywords.get("inplace") or keywords.get("out") is not None:
-        return True
-    place = _inplace_position(function) if arguments else 0
-    return bool(0 < place < len(arguments) and arguments[place])
+    function.register_fake(lambda inputs, number: [torch.clone(t) for t in functions[number](inputs)])
+    return functions
 
 
-class _Known:
-    """What earlier calls have found out: which sequences of calls were examined, which calls rearrange an activity, and
-    whether passes must see everything, or the network changes its inputs."""
+class _Spelling(TorchFunctionMode):
+    """What functionalisation would lose or change, in other words: what has no gradient, dropout, nn.Bilinear."""
 
-    def __init__(self):
-        self.sequences: set[int] = set()
-        self.rearranging: dict[tuple, bool] = {}
-        self.everything = False
-        self.changes_inputs: bool | None = None  # None: not called yet
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = SPELLED.get(function, function)(*args, **(kwargs or {}))
+        return result if torch.is_grad_enabled() else pytree.tree_map_only(Tensor, _cut, result)
 
-    def __reduce__(self):
-        return _Known, ()  # a copy finds out anew
 
+def _cut(tensor: Tensor) -> Tensor:
+    return aten.detach_copy.default(tensor) if _differentiable(tensor) else tensor
 
-class _Watch(TorchFunctionMode):
-    """Tells a pass every call of torch's functions."""
 
-    def __init__(self, calls):
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if self.calls.everything:  # and nothing is a _Watched tensor, but some may be of other libraries' kinds
-            return self.calls.called(function, arguments, keywords or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            if function in SHOWING:
-                return function(*_unwatched(arguments), **_unwatched(keywords or {}))
-            return self.calls.called(function, arguments, keywords or {})
-
-
-class _Watched(Tensor):
-    """A parameter in a pass, or what is made of it: tells the pass, while it lasts, the calls that are given it."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments=(), keywords=None):
-        for tensor in arguments:
-            if type(tensor) is _Watched:
-                break
-        else:
-            tensor = next(t for t in _tensors_in((arguments, keywords or {})) if type(t) is _Watched)
-        calls = tensor._calls()
-        with torch._C.DisableTorchFunctionSubclass():
-            if calls is not None and calls.state.open and function not in SHOWING:
-                return calls.called(function, arguments, keywords or {})
-            return function(*_unwatched(arguments), **_unwatched(keywords or {}))
-
-
-# Functions that look at a tensor's kind.
-SHOWING = {Tensor.__format__, Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.numpy, Tensor.tolist}
-PLAIN = (Tensor, nn.Parameter)
-
-
-def _watched(tensor: Tensor, calls) -> Tensor:
-    twin = tensor.as_subclass(_Watched)
-    twin._calls = weakref.ref(calls)  # a strong one would be a circle that keeps the graph
-    return twin
-
-
-def _unwatched(values):
-    with torch._C.DisableTorchFunctionSubclass():
-        return _map_arguments(lambda t: t.as_subclass(Tensor) if type(t) is _Watched else t, values)
-
-
-class _State:
-    """Whether a pass is under way. (Of the pass itself no graph may know: it would keep what it has seen.)"""
-
-    open = False
-    sending = False  # the rule's own errors, in the backward pass
-
-
-class _Pass:
-    """One run of a network, during which `layer` and `activation` stand in for its calls of layers and activations.
-
-    The pass sees every call of torch's functions, at a cost of microseconds each; or, where the rule needs no others
-    and the first call has shown that it is enough, those that are given parameters or what is made of them. What
-    happens while gradients are disabled (inside of a torch.autograd.Function, in a torch.no_grad of the network's own)
-    is none of its business.
-
-    Args:
-        rule: whose pass it is; it knows what was examined before.
-        layer, activation: handlers, given a `Call`, an `ActivationCall`.
-        stand_ins: by the name of a layer's weight, the tensor that takes its place in the backward pass.
-        twins: by the id of a parameter, what is used in its place.
-        everything: the pass must see every call.
-
-    Raises:
-        TypeError: on the way, the network uses its parameters in a way that the rule cannot follow (module docstring).
-    """
-
-    def __init__(
-        self, rule: Rule, network: nn.Module, layer, activation=None, *, stand_ins=None, twins=None, everything=False
-    ):
-        self.rule, self.own, self.layer, self.activation = rule, _Inventory(network), layer, activation
-        self.hooks, self.start, self.state = _saved_tensor_hooks(), _sequence_number(), _State()
-        everything = everything or activation is not None or rule.known.everything
-        self.everything = everything or not _watchable(self.own.parameters.values())
-        self.all, twins = self.everything or not rule.known.sequences, dict(twins or {})
-        if self.all and not _tracing():
-            # In a call that is examined the graph shows frozen layers too, where they are used unseen.
-            frozen = [w for w in self.own.layers.values() if not w.requires_grad and id(w) not in twins]
-            twins |= {id(w): _named_like(w, _with_graph(w)) for w in frozen if w.is_floating_point()}
-        if not self.everything:
-            own = self.own.parameters.values()
-            twins = {id(p): _named_like(p, _watched(twins.get(id(p), p), self)) for p in own}
-        self.held = twins
-        self.sources = _Sources(self.own, stand_ins or {}, twins)
-        self.functions: list[Callable] = []
-        self.with_own: list[tuple[Callable, str | None]] = []  # those that were given a layer's weight, and its name
-        self.followed = set()  # nodes of the graph behind which lies nothing unseen: layers, rows that are looked up
-        self.refusal: str | None = None
-
-    def __enter__(self):
-        self.context = contextlib.ExitStack()
-        self.context.enter_context(self.own.holding(self.held))
-        if self.all:
-            self.context.enter_context(_Watch(self))
-        self.state.open = True
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        self.state.open = False
-        self.context.close()
-        del self.context  # it knows the pass
-        refusal = self.refusal or self.sources.refusal
-        if refusal is not None and str(error) != refusal:
-            # Raised in an operator such as @, a TypeError loses its message to "unsupported operand types".
-            raise TypeError(refusal) from error
-
-    def called(self, function, arguments, keywords):
-        """A call of one of torch's functions by the network."""
-        if not torch.is_grad_enabled():
-            return self.aside(function, arguments, keywords)
-        function = CANONICAL.get(function, function)
-        if function in LINEAR_MAPS and (source := self.of_layer(arguments, keywords)) is not None:
-            result = self.layer_called(function, arguments, keywords, source)
-        elif self.activation is not None and (function in ACTIVATIONS or function in IN_PLACE):
-            result = self.activated(function, *_spelled(arguments, keywords))
-        elif self.sources.among(arguments, keywords):
-            result = self.with_parameters(function, arguments, keywords)
-        else:
-            result = self.other(function, arguments, keywords)
-        if isinstance(result, Tensor) or function is Tensor.__setitem__ or _tensors_in((result,)):
-            self.count(function)  # and not what only asks for a shape and the like
-        return result
-
-    def count(self, function) -> None:
-        self.functions.append(function)
-
-    def of_layer(self, arguments, keywords) -> "_Source | None":
-        """Of the weight of a linear map; None if it is no layer's."""
-        source = self.sources.of_weight(arguments[1] if len(arguments) > 1 else keywords["weight"])
-        return source if source.layer else None
-
-    def layer_called(self, function, arguments, keywords, source: "_Source") -> Tensor:
-        self.with_own.append((function, source.name))
-        if self.all:
-            arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
-        call = Call(function, arguments, keywords, source)
-        call.state = self.state
-        hooks = _saved_tensor_hooks()
-        if hooks is not None and hooks != self.hooks and not _only_stores(hooks):
-            raise TypeError(CHECKPOINTED)
-        if _functional_transform() is not None:
-            raise TypeError(TRANSFORMED.format(source.name))
-        if id(call.input) in self.sources.known and self.sources.find(call.input).layer:
-            self.refuse(source, function)
-        output = self.met(call)
-        self.followed.add(call.node)
-        return output
-
-    def met(self, call: Call) -> Tensor:
-        """What the rule makes of a layer's call."""
-        return self.layer(call)
-
-    def with_parameters(self, function, arguments, keywords):
-        """Any other call that may use parameters, or what is made of them."""
-        arguments, keywords = self.sources.twinned(arguments), self.sources.twinned(keywords)
-        result = self.other(function, arguments, keywords)
-        return self.sources.follow(self, function, arguments, keywords, result)
-
-    def other(self, function, arguments, keywords):
-        return function(*arguments, **keywords)
-
-    def aside(self, function, arguments, keywords):
-        """A call while gradients are disabled."""
-        if function in LINEAR_MAPS:
-            source = self.sources.find(arguments[1] if len(arguments) > 1 else keywords["weight"])
-            if source is not None and source.learns and (inside := _autograd_function()) is not None:
-                checkpoints = inside is torch.utils.checkpoint.CheckpointFunction
-                raise TypeError(CHECKPOINTED if checkpoints else _unseen(source.name, f"in {inside.__name__}"))
-        return function(*arguments, **keywords)
-
-    def refuse(self, misused: "_Source", function) -> None:
-        used = f"{misused.name!r} in torch.{_name(function).strip('_')}"
-        # An operator that is refused is tried once more with its sides exchanged: the first says more.
-        self.refusal = self.refusal or (
-            f"the network uses its parameter {used}, outside a torch.nn.Linear or Conv layer, where this rule "
-            f"cannot follow it; make it the weight of such a layer ({ANYTHING})"
-        )
-        raise TypeError(self.refusal)
-
-    def examined(self, output):
-        """The output, as plain tensors. Once for every sequence of calls, with the same parameters frozen:
-
-        Raises:
-            TypeError: weights reach the output past what was followed. The graph behind the output, and behind the
-                places where the pass has cut it, knows which ones do.
-        """
-        known = self.rule.known
-        known.everything |= self.sources.strays
-        frozen = tuple(p.requires_grad for p in self.own.parameters.values())
-        sequence = hash((tuple(self.functions if self.everything else self.with_own), frozen))
-        if sequence not in known.sequences:
-            made = {id(tensor) for tensor, _ in self.sources.known.values()}  # of parameters alone: its own way out
-            roots = [t.grad_fn for t in _tensors_in((output,)) if id(t) not in made]
-            roots += [edge.node for edge in self.cuts()]
-            names = self.names()
-            for node, through in _ends_of_graph(roots, self.followed, self.start):
-                self.require_followed(names.get(getattr(node, "variable", node)), node, through)
-            known.sequences.add(sequence)
-        return _unwatched(output)
-
-    def names(self) -> dict:
-        """Of parameters, by themselves and by the nodes through which a graph comes to them."""
-        own = {id(tensor): name for name, tensor in (self.own.parameters | self.own.layers).items()}
-        named = {tensor: own[id(tensor)] for _, _, tensor in self.own.places if id(tensor) in own}
-        for key, twin in self.sources.twins.items():
-            node = twin.grad_fn
-            while node is not None and not _is_entrance(node) and node.next_functions:
-                node = node.next_functions[0][0]  # a watched tensor is an alias
-            named[node] = own[key]
-        return named
-
-    def cuts(self) -> list[GradientEdge]:
-        """Where the pass has cut the graph."""
-        return []
-
-    def require_followed(self, name: str | None, node, through: str) -> None:
-        """Raise TypeError for an end of the graph, a parameter of this name, that the pass should have met."""
-        if name in self.sources.layers:
-            raise TypeError(_unseen(name, f"through {through}"))
-
-
-class _Private(_Pass):
-    """A pass whose graph is closed: what it computes reaches parameters through twins of its own.
-
-    So what the parameters get is what `connected` gives them, and an error that enters the graph anywhere else, from a
-    loss on something that the network keeps, is told.
-    """
-
-    def __init__(self, rule: Rule, network: nn.Module, layer, activation=None, *, origins: bool = False):
-        self.receivers = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.leaves = [_entrance(parameter) for parameter in self.receivers]
-        twins = {id(parameter): leaf for parameter, leaf in zip(self.receivers, self.leaves, strict=True)}
-        super().__init__(rule, network, layer, activation, twins=twins, everything=origins)
-        self.sources.forbid(_kept_graphs(network))
-        self.origins = _Origins(rule.known.rearranging, self.start) if origins else None
-        self.calls: list[Call] = []
-
-    def receiving(self, values):
-        """The same values, where tensors that have a gradient are replaced by twins, and get theirs."""
-        if not any(tensor.requires_grad for tensor in _deep_tensors(values)):
-            return values
-
-        def received(tensor: Tensor) -> Tensor:
-            if not tensor.requires_grad:
-                return tensor
-            self.receivers.append(tensor)
-            self.leaves.append(_entrance(tensor))
-            return self.leaves[-1]
-
-        return _map_tensors(received, values)
-
-    def met(self, call: Call) -> Tensor:
-        self.calls.append(call)
-        if self.origins is None:
-            return self.layer(call)
-        call.origin = self.origins.of(call)
-        output = self.layer(call)
-        self.origins.note(output)
-        return output
-
-    def other(self, function, arguments, keywords):
-        if self.origins is None:
-            return function(*arguments, **keywords)
-        return self.origins.called(len(self.functions), function, arguments, keywords)
-
-    def cuts(self) -> list[GradientEdge]:
-        return [_edge(call.input) for call in self.calls if call.input.requires_grad]
-
-    def require_followed(self, name: str | None, node, through: str) -> None:
-        if name is not None and (name in self.sources.layers or hasattr(node, "variable")):
-            raise TypeError(_unseen(name, f"through {through}"))
-        if name is None and not _is_entrance(node):
-            raise TypeError(f"the network {FOREIGN}")
-
-    def connected(self, output: Tensor, errors: Callable) -> Tensor:
-        """The output; at its gradient e the receivers get what e, and `errors(e)` at their edges, give them."""
-        if not output.requires_grad:
-            return output
-        out, leaves, state = _edge(output), [_edge(leaf) for leaf in self.leaves], self.state
-
-        def gradients(e: Tensor) -> list[Tensor | None]:
-            entering = [(out, e), *((edge, error) for edge, error in errors(e) if error is not None)]
-            roots, grads = zip(*entering, strict=True)
-            state.sending = True
-            try:
-                return _gradients(roots, grads, leaves)
-            finally:
-                state.sending = False
-
-        return substitute(output, gradients, self.receivers)
-
-
-class _Blocks(_Private):
-    """DirectFeedbackAlignment's pass: blocks end where an activity lands."""
-
-    def __init__(self, rule: Rule, network: nn.Module, layer, activation):
-        super().__init__(rule, network, layer, activation)
-        self.ends: list[_End] = []
-
-    def met(self, call: Call) -> Tensor:
-        call.blocks = self
-        return super().met(call)
-
-    def activated(self, function, arguments, keywords) -> Tensor:
-        argument = arguments[0]
-        behind_layer = self.sources.find(argument) is None and self.in_block(argument)
-        call = ActivationCall(function, self.sources.twinned(arguments), keywords, behind_layer)
-        call.blocks = self
-        result = self.activation(call)
-        return result if behind_layer else self.sources.follow(self, function, arguments, keywords, result)
-
-    def cuts(self) -> list[GradientEdge]:
-        return [end.edge for end in self.ends]
-
-    def landed(self, activity: Tensor) -> Tensor:
-        """The activity, cut from the block that ends with it. An error may come back to it along a skip connection, as
-        far as here, but not from a loss of its own."""
-        self.ends.append(_End(_edge(activity), activity.shape, activity.dtype, activity.device))
-        return _Seal.apply(activity.detach(), torch.empty((), requires_grad=True), self.state)
-
-    def in_block(self, tensor: Tensor) -> bool:
-        """Whether there is a layer, or anything else that learns, between a tensor and the ends of blocks before it."""
-        nodes, seen = [tensor.grad_fn], set()
-        if tensor.grad_fn is None:
-            return tensor.requires_grad
-        while nodes:
-            node = nodes.pop()
-            if node in seen or isinstance(node, _Seal._backward_cls):
-                continue
-            seen.add(node)
-            behind = [following for following, _ in node.next_functions if following is not None]
-            if node in self.followed or _is_entrance(node) or not behind or hasattr(node, "variable"):
-                return True
-            nodes += behind
-        return False
-
-
-class _Replay(_Pass):
-    """The initial network's pass. It must call what the current one has called, and has an alias of the input of every
-    layer in front of which an error enters the current network.
-
-    Args:
-        coupled: for each call of a layer, whether one does.
-    """
-
-    remedy = "AlignAda needs a network whose calls do not depend on its parameters, nor their order of calls"
-
-    def __init__(self, rule: Rule, current: _Private, coupled: list[bool]):
-        initial, network = rule.initial, rule.network
-        live = {id(initial.get_parameter(name)): network.get_parameter(name).detach() for name in rule.live}
-        super().__init__(rule, initial, self.alias, twins=live, everything=current.everything)
-        self.all = current.all
-        self.current, self.coupled, self.made = current, coupled, 0
-        self.foreign = {id(parameter) for parameter in current.own.parameters.values()}
-        self.aliases: list[tuple[GradientEdge, GradientEdge, _Origin | None]] = []  # here, in the current network
-        # By the index of its call, the edges of an activation function's result and argument.
-        self.activations: dict[int, tuple[GradientEdge, GradientEdge] | None] = {
-            call.origin.index: None for call in current.calls if call.origin is not None
-        }
-
-    def called(self, function, arguments, keywords):
-        if self.all:
-            _require_copied((arguments, keywords), self.foreign)
-        return super().called(function, arguments, keywords)
-
-    def count(self, function) -> None:
-        number, expected = len(self.functions), self.current.functions
-        if number >= len(expected) or expected[number] != function:
-            raise self.differs(f"calls torch.{_name(function).strip('_')}")
-        super().count(function)
-
-    def differs(self, what: str) -> RuntimeError:
-        return RuntimeError(f"the initial network {what} where the current one does not: {self.remedy}")
-
-    def alias(self, call: Call) -> Tensor:
-        """The layer's output, from an alias of its input where an error enters the current network."""
-        number = self.made
-        if number == len(self.coupled) or self.current.calls[number].name != call.name:
-            raise self.differs(f"calls {call.name}")
-        self.made, there = number + 1, self.current.calls[number]
-        layer_input = call.input
-        if self.coupled[number]:
-            if layer_input.shape != there.input.shape:
-                raise self.differs(f"comes to {call.name} with another shape")
-            layer_input = _alias(layer_input)
-            self.aliases.append((_edge(layer_input), _edge(there.input), there.origin))
-        output = call.output(layer_input)
-        # So that all behind the first layer has a gradient, as in the current network.
-        return output if output.requires_grad else _with_graph(output)
-
-    def other(self, function, arguments, keywords):
-        index = len(self.functions)
-        if index not in self.activations or function != self.current.functions[index]:
-            return function(*arguments, **keywords)
-        # Once more, beside the network: no hook of its tensors has a part in this derivative.
-        arguments, keywords = _spelled(arguments, keywords)
-        activate, changes = _out_of_place(function, arguments, keywords)
-        alias = _alias(arguments[0].clone() if changes else arguments[0])
-        self.activations[index] = _edge(activate(alias)), _edge(alias)
-        return function(*arguments, **keywords)
-
-    def ended(self, output: Tensor) -> None:
-        """The pass is over, and this is its output."""
-        if len(self.functions) != len(self.current.functions):
-            raise self.differs("ends")
-        self.root = _edge(output) if output.requires_grad else None
-        del self.current, self.sources, self.layer  # which keep graphs alive
-
-    def errors(self, e: Tensor) -> list[tuple[GradientEdge, Tensor | None]]:
-        """The edges of the current network where the initial one's errors enter, and these errors."""
-        if not self.aliases or self.root is None:
-            return []
-        here, there, origins = zip(*self.aliases, strict=True)
-        found = list(zip(there, _gradients((self.root,), (e,), here), origins, strict=True))
-        entering = [(edge, error) for edge, error, origin in found if origin is None]
-        inside: dict[int, list] = collections.defaultdict(list)  # by activation function
-        for edge, error, origin in found:
-            if origin is not None and error is not None:
-                inside[origin.index].append((origin, edge, error))
-        for group in inside.values():
-            # From layers' inputs back to the activation function: through what rearranges, and hooks, in the current
-            # network; then through the function itself, in the initial one.
-            (origin, *_), (result, argument) = group[0], self.activations[group[0][0].index]
-            _, roots, errors = zip(*group, strict=True)
-            errors = _gradients(roots, errors, (origin.result,))
-            (sent,) = _gradients((result,), errors, (argument,))
-            entering.append((origin.argument, sent))
-        return entering
-
-
-# --------------------------------------------------------------------------- the engine: where activities come from
-
-
-class _Origin(NamedTuple):
-    """Where an activity comes from: the activation function with this index among the calls, with the edges of its
-    result and of its argument."""
-
-    index: int
-    result: GradientEdge
-    argument: GradientEdge
-
-
-class _Origins:
-    """Where the tensors of a pass come from, by the nodes of its graph, which nothing that a network does can lose.
-
-    Args:
-        rearranging: what is known of calls.
-        start: sequence number of the graph's first node that belongs to the pass.
-    """
-
-    def __init__(self, rearranging: dict[tuple, bool], start: int):
-        self.rearranging, self.start = rearranging, start
-        self.nodes = set()  # of results that were seen
-        self.activities: dict[tuple, _Origin] = {}  # by node and number of its output
-
-    def note(self, result: Tensor) -> None:
-        if result.requires_grad:
-            self.nodes.add(result.grad_fn)
-
-    def find(self, tensor: Tensor) -> _Origin | None:
-        return self.activities.get((tensor.grad_fn, tensor.output_nr)) if tensor.requires_grad else None
-
-    def called(self, index: int, function, arguments, keywords):
-        """Call a function and note where its results come from."""
-        if function in ACTIVATIONS or function in IN_PLACE:
-            return self.activated(index, function, arguments, keywords)
-        leaves = arguments if not keywords and not _nested(arguments) else pytree.tree_leaves((arguments, keywords))
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and self.find(leaf) is not None:
-                return self.handed_on(function, arguments, keywords)
-        result = function(*arguments, **keywords)
-        for tensor in _results(function, arguments, result):
-            self.note(tensor)
-        return result
-
-    def activated(self, index: int, function, arguments, keywords) -> Tensor:
-        argument = arguments[0] if arguments else keywords["input"]
-        if not argument.requires_grad:
-            return function(*arguments, **keywords)
-        if argument._base is not None and _in_place(function, arguments, keywords):
-            raise TypeError(IN_PLACE_VIEW)
-        before = _edge(argument)
-        result = function(*arguments, **keywords)
-        if result.grad_fn is not before.node:
-            self.note(result)
-            self.activities[result.grad_fn, result.output_nr] = _Origin(index, _edge(result), before)
-        return result
-
-    def handed_on(self, function, arguments, keywords):
-        """A call that is given an activity: its results are that activity rearranged, or something else."""
-        leaves = pytree.tree_leaves((arguments, keywords))
-        origins = [self.find(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        positions = tuple(k for k, origin in enumerate(origins) if origin is not None)
-        origin = origins[positions[0]]
-        alone = all(origins[k].index == origin.index for k in positions)  # not two that meet
-        rearranges = alone and self.rearranges(function, arguments, keywords, positions)
-        result = function(*arguments, **keywords)
-        for tensor in _results(function, arguments, result):
-            if tensor.requires_grad and (tensor.grad_fn, tensor.output_nr) not in self.activities:
-                self.note(tensor)
-                if rearranges:
-                    self.activities[tensor.grad_fn, tensor.output_nr] = origin
-        return result
-
-    def rearranges(self, function, arguments, keywords, positions: tuple[int, ...]) -> bool:
-        if function in REARRANGING:
-            return True
-        name = _name(function).strip("_")
-        if name in DROPOUTS:
-            return not _drops(arguments, keywords)
-        others = [t for k, t in enumerate(pytree.tree_leaves((arguments, keywords)))
-                  if k not in positions and isinstance(t, Tensor) and t.is_floating_point()]  # fmt: skip
-        if name in ARITHMETIC or (name in PRODUCTS and others):
-            return False
-        key = (function, positions, *map(_looks, pytree.tree_leaves((arguments, keywords))))
-        if key not in self.rearranging:
-            if _tracing():
-                raise RuntimeError(
-                    "call the rule once on a batch, in this mode, before compiling it: it must look at the calls"
-                )
-            self.rearranging[key] = _rearranges(function, arguments, keywords, positions)
-        return self.rearranging[key]
-
-    def of(self, call: Call) -> _Origin | None:
-        """The activity that a layer gets; None if it is known to be something else.
-
-        Raises:
-            TypeError: neither is known.
-        """
-        tensor = call.input
-        if not tensor.requires_grad or tensor.grad_fn is None:
-            return None
-        node, number = tensor.grad_fn, tensor.output_nr
-        while node not in self.nodes:
-            if isinstance(node, _HOOK_NODE):  # of a module's backward hook, through which the error goes back as well
-                node, number = node.next_functions[number]
-            elif _ends_at(node, self.start) or _copies_into(node) or _base_was_changed(tensor):
-                return None
-            else:
-                raise TypeError(
-                    f"the input of {call.name} is made by {node.name()} in a way that this rule cannot see (a scripted "
-                    f"or compiled function, for one), so that it cannot tell where it comes from; call torch's own "
-                    f"functions ({ANYTHING})"
-                )
-        return self.activities.get((node, number))
-
-
-_HOOK_NODE = torch.nn.modules._functions.BackwardHookFunction._backward_cls
-
-
-def _looks(leaf):
-    """What of an argument may decide whether a call rearranges: a tensor's shape and type; anything else itself."""
-    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
-
-
-def _ends_at(node, start: int) -> bool:
-    """Whether a node is a leaf, belongs to what was there before a pass, or to a torch.autograd.Function as a whole."""
-    older = node._sequence_nr() < start
-    return older or hasattr(node, "variable") or isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def _base_was_changed(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of one that was changed in place, and got another node by that."""
-    return tensor._base is not None and tensor._base.grad_fn is not None and _copies_into(tensor._base.grad_fn)
-
-
-def _copies_into(node) -> bool:
-    """Whether a node stands for a tensor that was changed through a view of it."""
-    return node.name().endswith("CopySlices")
-
-
-# Functions that rearrange, copy or pad the entries of their first argument. Others are tried out (see `_rearranges`).
-REARRANGING = {
-    F.pad, torch.flatten, Tensor.flatten, torch.unflatten, Tensor.unflatten, torch.reshape, Tensor.reshape, Tensor.view,
-    torch.permute, Tensor.permute, torch.transpose, Tensor.transpose, torch.movedim, Tensor.movedim,
-    torch.squeeze, Tensor.squeeze, torch.unsqueeze, Tensor.unsqueeze, Tensor.contiguous,
-}  # fmt: skip
-
-# Names of functions that hand on their argument, or a copy of it, where they do not drop entries of it.
-DROPOUTS = {
-    "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
-}  # fmt: skip
-
-
-def _drops(arguments: tuple, keywords: Mapping) -> bool:
-    """Whether such a call drops entries."""
-    given = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), arguments, strict=False)), **keywords}
-    return bool(given.get("train", given["training"]) and given["p"])
-
-
-# Names of functions that compute with entries, also where they happen to give them back (times one, plus zero).
-ARITHMETIC = {
-    "add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "float_power", "lerp",
-    "addcmul", "addcdiv", "clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin", "abs",
-    "nan_to_num", "matmul", "mm", "bmm", "softmax", "log_softmax", "batch_norm", "layer_norm", "group_norm",
-    "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "iadd", "isub", "imul",
-    "itruediv", "radd", "rmul", "rdiv", "rpow", "ipow", "truediv", "rtruediv", "rmatmul",
-}  # fmt: skip
-
-
-def _rearranges(function, arguments, keywords, positions: tuple[int, ...]) -> bool:
-    """Whether a call's results are entries of the arguments at these places, each at its own place whatever the entries
-    are, or constants. Found by trying: entries that spell their own places, digit by digit, then random ones."""
-    with torch.no_grad(), _randomness_kept(keywords):
-        leaves = pytree.tree_leaves((arguments, keywords))
-        activities = [leaves[k] for k in positions]
-        sizes = [activity.numel() for activity in activities]
-        places = torch.arange(sum(sizes), device=activities[0].device)
-
-        def tried(entries: Tensor) -> list[Tensor]:
-            values = [
-                torch.empty_like(activity, requires_grad=False).copy_(part.view(activity.shape))
-                for activity, part in zip(activities, entries.split(sizes), strict=True)
-            ]
-            return _tried(function, arguments, keywords, dict(zip(positions, values, strict=True)))
-
-        try:
-            digits = [
-                places // BASE**k % BASE + 1 for k in range(max(1, math.ceil(math.log(max(len(places), 2), BASE))))
-            ]
-            spelled = list(zip(*map(tried, digits), strict=True))
-            mirrored = tried(-digits[0])
-            probe = torch.randn(len(places), device=places.device).to(activities[0].dtype)
-            results = tried(probe)
-        except Exception:  # whatever refuses such entries looks at them
-            return False
-        return bool(results) and all(
-            _spells(numbers, negative, result, probe)
-            for numbers, negative, result in zip(spelled, mirrored, results, strict=True)
-        )
-
-
-BASE = 127  # digits that every floating-point type holds exactly
-
-
-def _spells(digits: tuple[Tensor, ...], mirrored: Tensor, result: Tensor, probe: Tensor) -> bool:
-    """Whether a result of a trial holds the entries of `probe` at the places that the digits spell, or constants."""
-    if not result.is_floating_point() and not result.is_complex():
-        return False
-    constant = digits[0] == mirrored
-    if constant.all():
-        return not constant.numel()
-    digits = [torch.nan_to_num(d.real if d.is_complex() else d).long() - 1 for d in digits]
-    place = sum(digit * BASE**k for k, digit in enumerate(digits)).clamp(0, len(probe) - 1)
-    entries = probe.to(result.dtype)[place]
-    return bool(((result == entries) | constant).all())
-
-
-def _tried(function, arguments, keywords, values: Mapping[int, Tensor]) -> list[Tensor]:
-    """A call's results with these values at their places among the arguments, changing nothing else."""
-    leaves, structure = pytree.tree_flatten((tuple(arguments), dict(keywords)))
-    if _in_place(function, arguments, keywords):
-        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    for k, value in values.items():
-        leaves[k] = value
-    arguments, keywords = pytree.tree_unflatten(leaves, structure)
-    return _results(function, arguments, function(*arguments, **keywords))
-
-
-def _results(function, arguments, result) -> list[Tensor]:
-    """The tensors that a call gives; `x[...] = y` gives x."""
-    return _tensors_in(arguments[:1] if function is Tensor.__setitem__ else (result,))
-
-
-def _nested(arguments: tuple) -> bool:
-    return any(type(argument) in (tuple, list, dict) for argument in arguments)
-
-
-def _spelled(arguments: tuple, keywords: Mapping) -> tuple[tuple, dict]:
-    """A call's arguments, with its first one in its place also where it was given as `input`."""
-    keywords = dict(keywords)
-    return arguments or (keywords.pop("input"),), keywords
-
-
-# ------------------------------------------------------------------------------ the engine: where weights come from
-
-
-class _Source(NamedTuple):
-    """Where a tensor comes from that is made of the network's own tensors alone, and of no activity.
-
-    `name` of the parameter that learns in it; None for fixed tensors, such as buffers. `layer`: it is a layer's weight,
-    `learns` or not, and `stand_in` is what takes its place in the backward pass, where a rule wants that.
-    """
-
-    name: str | None = None
-    layer: bool = False
-    learns: bool = False
-    stand_in: Tensor | None = None
-
-
-class _Sources:
-    """The network's own tensors, and what a pass makes of them before they meet an activity (scaled, cast, reshaped or
-    split weights), and with their stand-ins the same."""
-
-    def __init__(self, own: _Inventory, stand_ins: Mapping[str, Tensor], twins: Mapping[int, Tensor]):
-        self.layers, self.twins = own.layers, twins
-        self.strays = False  # whether some were met past the network's modules, or can be known only by every call
-        self.forbidden: set[int] = set()
-        self.refusal: str | None = None
-        self.known: dict[int, tuple[Tensor, _Source]] = {}  # by id; the tensors stay alive, so that their ids do
-        for buffer in own.buffers:
-            self.known[id(buffer)] = buffer, _Source()
-        for name, parameter in own.parameters.items():
-            self.known[id(parameter)] = parameter, _Source(name if parameter.requires_grad else None)
-        for name, weight in self.layers.items():
-            self.known[id(weight)] = weight, _Source(name, True, weight.requires_grad, stand_ins.get(name))
-        self.own = set(self.known)
-        for key, twin in twins.items():
-            self.known[id(twin)] = twin, self.known[key][1]
-            self.own.add(id(twin))
-
-    def forbid(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors that the network must not use, for it keeps their graph from an earlier call."""
-        for tensor in tensors:
-            self.known.setdefault(id(tensor), (tensor, _Source()))
-            self.forbidden.add(id(tensor))
-
-    def among(self, arguments: tuple, keywords: Mapping | None) -> bool:
-        """Whether some of them may be known here. (This runs at every call of a network, and so is spelled out.)"""
-        known = self.known
-        for argument in arguments:
-            if id(argument) in known or type(argument) in CONTAINERS:
-                return True
-        if keywords:
-            for argument in keywords.values():
-                if id(argument) in known or type(argument) in CONTAINERS:
-                    return True
-        return False
-
-    def find(self, tensor: Tensor) -> _Source | None:
-        known = self.known.get(id(tensor))
-        if known is not None:
-            if id(tensor) in self.forbidden:
-                self.refusal = f"the network {FOREIGN}"
-                raise TypeError(self.refusal)
-            return known[1]
-        return _Source() if tensor.dim() == 0 and not tensor.requires_grad else None
-
-    def of_weight(self, weight: Tensor) -> _Source:
-        """Of what a linear map multiplies with.
-
-        Raises:
-            TypeError: it learns, and was made where it could not be followed.
-        """
-        source = self.find(weight)
-        if source is None and weight.requires_grad:
-            raise TypeError(
-                "the network makes the weight of a linear map from activities or in a torch.autograd.Function, where "
-                f"this rule cannot follow it; multiply activities with torch.matmul ({ANYTHING})"
-            )
-        return source or _Source()
-
-    def twinned(self, values):
-        """The arguments of a call, with twins in the place of parameters that have one."""
-        if not self.twins:
-            return values
-        return _map_arguments(self.twin, values)
-
-    def twin(self, tensor: Tensor) -> Tensor:
-        twin = self.twins.get(id(tensor))
-        self.strays |= twin is not None  # where modules hold twins
-        return tensor if twin is None else twin
-
-    def follow(self, calls: _Pass, function, arguments, keywords, result):
-        """Note where a call's results come from, and return them, as tensors that are watched if they are made of
-        parameters alone; refuse a use of learned tensors that the rule cannot follow."""
-        results = _results(function, arguments, result)
-        if not results:
-            return result
-        sources = [self.find(tensor) for tensor in _tensors_in((arguments, keywords))]
-        name = _name(function)
-        multiplied = [source for source in self.multiplied(function, arguments, keywords) if source is not None]
-        learned = [source for source in multiplied if source.name is not None]
-        if None not in sources and name not in LOOKUPS:
-            if learned[1:]:
-                calls.refuse(learned[1], function)
-            return self.derive(calls, function, arguments, keywords, result)
-        if any(tensor.requires_grad for tensor in results):
-            layers = [source for source in sources if source is not None and source.layer]
-            if misused := learned or (layers if name not in HARMLESS else []):
-                calls.refuse(misused[0], function)
-            if layers and name in LOOKUPS:
-                calls.followed.update(tensor.grad_fn for tensor in results)
-        if None in sources and _in_place(function, arguments, keywords) and id(results[0]) not in self.own:
-            self.known.pop(id(results[0]), None)  # an activity has come in
-        return result
-
-    def multiplied(self, function, arguments, keywords) -> list[_Source | None]:
-        """Where the tensors come from that the function multiplies, if it is a product."""
-        name = _name(function)
-        if name not in PRODUCTS:
-            return []
-        named = {key: value for key, value in keywords.items() if key not in NOT_MULTIPLIED}
-        return [self.find(tensor) for tensor in _tensors_in((arguments[PRODUCTS[name]], named))]
-
-    def derive(self, calls: _Pass, function, arguments, keywords, result):
-        """Note results that are made of the network's own tensors alone, and make the same of stand-ins."""
-        tensors, results = _tensors_in((arguments, keywords)), _results(function, arguments, result)
-        sources = [self.find(tensor) for tensor in tensors]
-        source = max((s for s in sources if s.name is not None), key=lambda s: s.layer, default=_Source())
-        stand_ins = [None] * len(results)
-        standing = [source.stand_in for source in sources if source.stand_in is not None]
-        if standing:
-            if _in_place(function, arguments, keywords) and sources[0].stand_in is None:
-                calls.refuse(source, function)  # it would write into the network's own tensor
-            replaced = self.replaced(arguments)
-            # With gradients where a stand-in learns itself; nothing else in the chain gets a second one.
-            with torch.set_grad_enabled(any(stand_in.requires_grad for stand_in in standing)):
-                stand_ins = _results(function, replaced, function(*replaced, **self.replaced(keywords)))
-        watched = {}
-        if any(type(tensor) is _Watched for tensor in tensors):
-            calls.with_own.append((function, source.name))
-            self.strays |= any(type(t) is not _Watched and t.dim() and id(t) not in self.own for t in tensors)
-            watched = {id(tensor): _watched(tensor, calls) for tensor in results if type(tensor) is not _Watched}
-        for tensor, stand_in in zip(results, stand_ins, strict=True):
-            noted = watched.get(id(tensor), tensor)
-            if id(noted) not in self.own:  # not a buffer that was changed in place
-                self.known[id(noted)] = noted, source._replace(stand_in=stand_in)
-        return _map_arguments(lambda tensor: watched.get(id(tensor), tensor), result) if watched else result
-
-    def replaced(self, values):
-        """The arguments of a call, with its stand-in in the place of every layer's weight in them."""
-
-        def replace(tensor: Tensor) -> Tensor:
-            stand_in = self.find(tensor).stand_in
-            return tensor.detach() if stand_in is None else stand_in
-
-        return _map_arguments(replace, values)
-
-
-def _name(function: Callable) -> str:
-    """By which PRODUCTS and others know a function: without the underscore of those that change their argument."""
-    name = getattr(function, "__name__", type(function).__name__).partition(".")[0]
-    return name if name.startswith("_") else name.rstrip("_")
-
-
-CONTAINERS = {tuple, list, dict}
-
-# Functions that multiply activities by each other or by a weight, by name, and which of their arguments multiply.
-PRODUCTS = {
-    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_tbc"), slice(0, 2)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), slice(0, 2)),
-    **dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm", "addr"), slice(1, 3)),
-    **dict.fromkeys(("bilinear", "scaled_dot_product_attention"), slice(0, 3)),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__", "__rmatmul__"), slice(None)),
-    **dict.fromkeys(("einsum", "tensordot", "chain_matmul", "linalg_multi_dot", "linalg_matmul", "kron"), slice(None)),
-    **dict.fromkeys(("linalg_vecdot", "cdist", "multi_head_attention_forward", "outer", "ger"), slice(None)),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), slice(None)),
-    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), slice(None)),
-}
-NOT_MULTIPLIED = ("bias", "attn_mask")  # named arguments of these that are added
-
-# Functions that may take a layer's weight beside an activity: they look up rows of it (and those are activities), or
-# read its type or shape.
-LOOKUPS = {"embedding", "embedding_bag"}
-HARMLESS = LOOKUPS | {"to", "type_as", "expand_as", "view_as", "reshape_as"}
-
-
-# ------------------------------------------------------------------------------------ the engine: graphs and their ends
-
-
-class _Entrance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        raise RuntimeError(PAST_OUTPUT)
-
-
-PAST_OUTPUT = (
-    "an error reaches the network's parameters past its output, from something that the network keeps (a loss term, an "
-    "activity caught by a hook, a state): the rule knows the error at the output alone; let the network return what "
-    "the loss needs, or compute it outside (Backprop and FeedbackAlignment's kin take it)"
-)
-
-
-def _entrance(tensor: Tensor) -> Tensor:
-    """A tensor with its attributes, from which no error may go back but one that is asked for."""
-    return _named_like(tensor, _Entrance.apply(tensor))
-
-
-def _named_like(tensor: Tensor, twin: Tensor) -> Tensor:
-    """The twin, with what is kept on the tensor: mup keeps a parameter's infshape there, others a multiplier."""
-    if twin is not tensor:
-        for key, value in vars(tensor).items():
-            vars(twin).setdefault(key, value)
-        if isinstance(tensor, nn.Parameter):
-            twin._is_param = True  # what isinstance(twin, nn.Parameter) asks for
-    return twin
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
-class _Seal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, activity: Tensor, leaf: Tensor, state: "_State") -> Tensor:
-        ctx.state = state
-        return activity.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        if not ctx.state.sending:
-            raise RuntimeError(PAST_OUTPUT)
-        return None, None, None
-
-
-class _WithGraph(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, leaf: Tensor) -> Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return None, None
-
-
-def _with_graph(tensor: Tensor) -> Tensor:
-    """The tensor, as one that has a gradient, which goes nowhere. Unlike a leaf it can be changed in place."""
-    return _WithGraph.apply(tensor, torch.empty((), requires_grad=True))
-
-
-def _edge(tensor: Tensor) -> GradientEdge:
-    """Where a tensor's gradient enters the graph behind it, whatever becomes of the tensor."""
-    node = tensor.grad_fn
-    if node is None or isinstance(node, torch._C._FunctionBase):  # which do not keep the graph alive by themselves
-        return torch.autograd.graph.get_gradient_edge(tensor)
-    return GradientEdge(node, tensor.output_nr)
-
-
-def _gradients(roots, grads, inputs) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad inside of a backward pass, without the checks that take longer than the rest where there are
-    hundreds of roots. The graph is kept: whoever holds it lets go of it as a whole."""
-    engine = torch.autograd.graph._engine_run_backward
-    return engine(tuple(roots), tuple(grads), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward pass at hand keeps the graph (retain_graph)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _sequence_number() -> int:
-    """Of the next node of a graph: nodes are numbered as they are made, in every thread by itself."""
-    return torch.empty((), requires_grad=True).clone().grad_fn._sequence_nr() + 1
-
-
-def _ends_of_graph(roots: Iterable, followed: set, start: int):
-    """The ends of the graph behind these nodes: leaves, entrances, and nodes from before a pass; with the name of one
-    that has such an end as its input. Nothing behind `followed` nodes is looked at."""
-    nodes, seen = [(root, "the output") for root in roots], set()
-    while nodes:
-        node, through = nodes.pop()
-        if node is None or node in seen or node in followed:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") or _is_entrance(node) or node._sequence_nr() < start:
-            yield node, through
-        else:
-            aliased = node.name() == "AliasBackward0"  # of a watched tensor: says nothing
-            nodes.extend((behind, through if aliased else node.name()) for behind, _ in node.next_functions)
-
-
-def _is_entrance(node) -> bool:
-    return isinstance(node, (_Entrance._backward_cls, _WithGraph._backward_cls, _Seal._backward_cls))
-
-
-def _saved_tensor_hooks():
-    """What handles tensors saved for the backward pass, as torch.autograd.graph.saved_tensors_hooks sets it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-_functional_transform = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func and torch.vmap
-
-
-def _only_stores(hooks) -> bool:
-    """Whether such hooks are torch's own that put tensors elsewhere, and not those of activation checkpointing."""
-    return hooks is None or hooks[0].__module__ == "torch.autograd.graph"
-
-
-def _autograd_function() -> type | None:
-    """The torch.autograd.Function whose forward is running; None if none is."""
-    codes, kinds = {}, [torch.autograd.Function]
-    while kinds:
-        kinds += (kind := kinds.pop()).__subclasses__()
-        codes[getattr(kind.forward, "__code__", None)] = kind
-    frame = sys._getframe(1)
-    while frame is not None:
-        first = frame.f_locals.get("ctx")
-        if frame.f_code in codes:
-            return codes[frame.f_code]
-        if isinstance(first, torch.autograd.function.BackwardCFunction):
-            return type(first)._forward_cls
-        frame = frame.f_back
-    return None
-
-
-class _WithoutGraph:
-    """A run of a network in which these of its parameters have no gradient, and products with them are computed as if
-    they had: torch multiplies matrices in another order, with other rounding, where none is wanted."""
-
-    def __init__(self, network: nn.Module, frozen: Iterable[Tensor], watched: bool):
-        self.watched, self.state = watched, _State()
-        self.twins = {id(p): self.twin(p.detach(), p.requires_grad, p) for p in frozen}
-        own = _Inventory(network)
-        self.holding, self.buffers = own.holding(self.twins), set(map(id, own.buffers))
-
-    def __enter__(self):
-        self.state.open = True
-        self.holding.__enter__()
-
-    def __exit__(self, *error):
-        self.state.open = False
-        self.holding.__exit__(*error)
-
-    def twin(self, tensor: Tensor, with_gradient: bool, like: Tensor | None = None) -> Tensor:
-        if not self.watched or not _watchable((tensor,)):
-            return tensor if like is None else _named_like(like, tensor)
-        twin = _watched(tensor, self)
-        twin._with_gradient = with_gradient
-        return twin if like is None else _named_like(like, twin)
-
-    def called(self, function, arguments, keywords):
-        tensors = _tensors_in((arguments, keywords))
-        if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
-            return function(*arguments, **keywords)
-        if _name(function) in PRODUCTS and not _in_place(function, arguments, keywords):
-            return _map_arguments(
-                Tensor.detach, function(*_map_arguments(self.leaf, arguments), **_map_arguments(self.leaf, keywords))
-            )
-        result = function(*arguments, **keywords)
-        if not all(type(tensor) is _Watched or not tensor.dim() or id(tensor) in self.buffers for tensor in tensors):
-            return result
-        with_gradient = any(type(tensor) is _Watched and tensor._with_gradient for tensor in tensors)
-        return _map_arguments(lambda t: t if type(t) is _Watched else self.twin(t, with_gradient), result)
-
-    def leaf(self, tensor: Tensor) -> Tensor:
-        wanted = type(tensor) is _Watched and tensor._with_gradient and tensor.is_floating_point()
-        return tensor.detach().requires_grad_() if wanted else tensor
-
-
-class _Routed:
-    """A run of AlignZero's initial network, which must use its own parameters, as they are routed, and none else.
-
-    Args:
-        routed: what its modules hold in the place of their parameters, by the ids of those.
-        foreign: the current network's parameters, which a copied function may still refer to.
-        known: the rule's; in its first call every call of torch's functions is seen.
-    """
-
-    def __init__(self, network: nn.Module, routed: dict[int, Tensor], foreign: Iterable[Tensor], known: _Known):
-        self.hooks, self.unrouted, self.foreign = _saved_tensor_hooks(), set(routed), {id(p) for p in foreign}
-        self.everything = known.everything or not _watchable(routed.values())
-        self.all, self.state, self.refusal = self.everything or not known.sequences, _State(), None
-        if not self.everything:
-            routed = {key: _named_like(tensor, _watched(tensor, self)) for key, tensor in routed.items()}
-        own = _Inventory(network)
-        self.held, self.known, self.functions = own.holding(routed), known, []
-        self.raw = {name: p for name, p in own.parameters.items() if id(p) in routed}
-
-    def __enter__(self):
-        for parameter in self.raw.values():
-            parameter.requires_grad_()  # so that the graph shows where it is used past the modules
-        self.context = contextlib.ExitStack()
-        self.context.enter_context(self.held)
-        if self.all:
-            self.context.enter_context(_Watch(self))
-        self.state.open = True
-
-    def __exit__(self, kind, error, traceback):
-        self.state.open = False
-        self.context.close()
-        del self.context
-        for parameter in self.raw.values():
-            parameter.requires_grad_(False)
-        if self.refusal is not None and error is not self.refusal:
-            raise self.refusal from error  # which an operator such as @ has swallowed
-
-    def called(self, function, arguments, keywords):
-        try:
-            self.require_routed(arguments, keywords)
-        except TypeError as error:
-            self.refusal = self.refusal or error
-            raise
-        if not self.all:
-            watched = [tensor for tensor in _tensors_in((arguments, keywords)) if type(tensor) is _Watched]
-            self.functions.append((function, len(watched)))
-        return function(*arguments, **keywords)
-
-    def examined(self, output):
-        """The output as plain tensors; for a new sequence of calls, without parameters used past modules."""
-        sequence = hash((self.all, *self.functions))
-        if sequence not in self.known.sequences:
-            names = {id(parameter): name for name, parameter in self.raw.items()}
-            for node, through in _ends_of_graph([tensor.grad_fn for tensor in _tensors_in((output,))], set(), 0):
-                if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                    raise TypeError(_unseen(name, f"through {through}"))
-            self.known.sequences.add(sequence)
-        return _unwatched(output)
-
-    def require_routed(self, arguments, keywords) -> None:
-        hooks = _saved_tensor_hooks()
-        if (hooks is not None and hooks != self.hooks and not _only_stores(hooks)) or (
-            not torch.is_grad_enabled() and _autograd_function() is torch.utils.checkpoint.CheckpointFunction
-        ):
-            raise TypeError(CHECKPOINTED)
-        if self.all:
-            _require_copied((arguments, keywords), self.foreign)
-            if any(id(tensor) in self.unrouted for tensor in _tensors_in((arguments, keywords))):
-                raise TypeError(
-                    "the network uses its parameters past its modules (from a list of its own, for one), where "
-                    "AlignZero cannot route their gradients; use them as module.weight and so on"
-                )
-
-
-def _value(network: nn.Module, inputs, keywords) -> Tensor:
-    """The network's output, computed as with gradients, to the last bit; its graph is dropped."""
-    own = _Inventory(network)
-    with own.holding({id(p): _entrance(p) for p in own.parameters.values() if p.requires_grad}):
-        return _one_tensor(network(*inputs, **keywords)).detach()
-
-
-# -------------------------------------------------------------------------------- the engine: copies, state, randomness
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, which a module that keeps an activation, or attributes on its parameters, can have too.
-
-    Raises:
-        TypeError: the module cannot be copied; it names the one that is in the way.
-    """
-    memo = {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(module)}
-    try:
-        twin = copy.deepcopy(module, memo)
-    except Exception as error:
-        place = next((place for place in _attributes(module) if not _copies(*place)), (module, None))
-        names = {id(part): name for name, part in module.named_modules()}
-        name = ".".join(filter(None, (names[id(place[0])], place[1]))) or "itself"
-        raise TypeError(
-            f"this rule keeps a copy of the network, and {name} (in a {type(place[0]).__name__}) cannot be copied: "
-            f"{error}; remove it before the rule is made, and put it back afterwards, or give its class a __deepcopy__"
-        ) from error
-    for parameter, other in zip(module.parameters(), twin.parameters(), strict=True):
-        for key, value in vars(parameter).items():
-            if key not in vars(other):
-                setattr(other, key, copy.copy(value))
-    return twin
-
-
-def _copies(module: nn.Module, key: str) -> bool:
-    try:
-        copy.deepcopy(vars(module)[key], {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(module)})
-    except Exception:
-        return False
-    return True
-
-
-MODULE_KEYS = frozenset(vars(nn.Module())) | {"_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"}
-
-
-def _attributes(network: nn.Module):
-    """(module, name) of every attribute of the network's modules that is their own, and not nn.Module's."""
-    for module in network.modules():
-        for key in tuple(vars(module)):
-            if key not in MODULE_KEYS:
-                yield module, key
-
-
-def _kept_graphs(network: nn.Module) -> list[Tensor]:
-    """Tensors that modules keep in attributes, buffers included, with the graph that they were made by."""
-    values = [vars(module)[key] for module, key in _attributes(network)] + list(network.buffers())
-    return [t for value in values for t in _tensors_in((value,)) if t.requires_grad and t.grad_fn is not None]
-
-
-PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-# What no call changes: attributes of these kinds are compared, and not copied.
-FIXED = (
-    str, bytes, int, float, complex, type(None), type, enum.Enum, range, slice, torch.dtype, torch.device, torch.Size,
-    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
-)  # fmt: skip
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of torch's normalisation, which a copy has itself
-
-
-def _carry_state(network: nn.Module, twin: nn.Module) -> None:
-    """Put every module of a copy into the mode and the state of the same one in the network.
-
-    State is what a call may leave to the next one, or what may be set between calls: all attributes and buffers, but
-    parameters and the statistics of torch's normalisation.
-
-    Raises:
-        TypeError: the network has other modules than when it was copied, or an attribute that cannot be copied.
-    """
-    modules, others = list(network.modules()), list(twin.modules())
-    same = dict(zip(map(id, modules), others, strict=False))
-    memo = None
-    for module, other in zip(modules, others, strict=False):
-        if type(module) is not type(other) or len(modules) != len(others) or not _same_children(module, other, same):
-            raise TypeError(
-                f"the network's modules have changed since the rule was made (at a {type(module).__name__}), and the "
-                "rule keeps a copy of it as it was: make the rule anew"
-            )
-        other.training = module.training
-        for hooks in PRE_HOOKS:  # those that came and went since the copy was made
-            if vars(module)[hooks].keys() != vars(other)[hooks].keys():
-                kept = vars(other)[hooks]
-                vars(other)[hooks] = type(kept)((k, kept.get(k, hook)) for k, hook in vars(module)[hooks].items())
-        if len(vars(module)) > len(MODULE_KEYS) - 2:
-            for key in vars(module).keys() - MODULE_KEYS:
-                value, theirs = vars(module)[key], vars(other).get(key)
-                if isinstance(value, FIXED):
-                    vars(other)[key] = value
-                elif isinstance(value, torch.Generator) and isinstance(theirs, torch.Generator):
-                    theirs.set_state(value.get_state())
-                elif not isinstance(value, nn.Module):
-                    memo = memo or _counterparts(network, twin, same)
-                    vars(other)[key] = _copy_of(value, memo, f"{key} of a {type(module).__name__}")
-        for key, buffer in module._buffers.items():
-            if buffer is not None and not (key in STATISTICS and isinstance(module, nn.modules.batchnorm._NormBase)):
-                other._buffers[key] = buffer.detach().clone()
-
-
-def _same_children(module: nn.Module, other: nn.Module, same: Mapping[int, nn.Module]) -> bool:
-    mine, theirs = module._modules, other._modules
-    return mine.keys() == theirs.keys() and all(
-        child is theirs[key] if child is None else same.get(id(child)) is theirs[key] for key, child in mine.items()
-    )
-
-
-def _counterparts(network: nn.Module, twin: nn.Module, same: Mapping[int, nn.Module]) -> dict[int, Any]:
-    """Of the network's own modules and tensors those of a copy, as copy.deepcopy's memo; and of tensors that it keeps
-    with their graph, ones without."""
-    tensors = zip((*network.parameters(), *network.buffers()), (*twin.parameters(), *twin.buffers()), strict=True)
-    kept = {id(tensor): tensor.detach().clone() for tensor in _kept_graphs(network)}
-    return {**same, **{id(tensor): other for tensor, other in tensors}, **kept}
-
-
-def _copy_of(value, memo: dict[int, Any], place: str):
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception as error:
-        raise TypeError(
-            f"the network keeps {place}, of type {type(value).__name__}, which cannot be copied for its initial twin: "
-            f"{error}; keep tensors, numbers or containers of them, or give its class a __deepcopy__"
-        ) from error
-
-
-@contextlib.contextmanager
-def _undisturbed(network: nn.Module):
-    """A run of the network leaves no trace: in its buffers, in what it keeps between calls, in generators."""
-    buffers = {id(buffer): buffer.detach().clone() for buffer in network.buffers()}
-    memo = _counterparts(network, network, {id(module): module for module in network.modules()})
-    before = [(held, dict(held)) for module in network.modules() for held in (vars(module), module._buffers)]
-    for module, key in list(_attributes(network)):
-        value = vars(module)[key]
-        if not isinstance(value, (*FIXED, nn.Module)):
-            vars(module)[key] = _copy_of(value, memo, f"{key} of a {type(module).__name__}")
-    try:
-        with _Inventory(network).holding(buffers, shared=False), _Randomness(network):
-            yield
-    finally:
-        for now, attributes in before:
-            now.clear()
-            now.update(attributes)
-
-
-class _Again:
-    """Made before a pass and entered for the next, it gives that one the same inputs and lets it draw the same numbers,
-    whatever the first pass does to them.
-
-    Raises:
-        TypeError: when it is made, an input can be read only once.
-        RuntimeError: when it is entered, the network has changed its inputs in place, which it did not do in its first
-            call.
-    """
-
-    def __init__(self, rule: Rule, inputs, keywords, detach: bool = False):
-        self.known, self.randomness = rule.known, _Randomness(rule.network)
-        self.first = [t for t in _deep_tensors((inputs, keywords)) if not _tracing() and not t.is_inference()]
-        self.versions = [tensor._version for tensor in self.first]
-        self.copies = self.known.changes_inputs is not False and not _tracing()
-
-        def again(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach() if detach else tensor
-            return tensor.clone() if self.copies else tensor
-
-        self.given = _map_tensors(again, (inputs, keywords))
-
-    def __enter__(self):
-        changed = [tensor._version for tensor in self.first] != self.versions
-        if changed and not self.copies:
-            raise RuntimeError(
-                "the network changes its inputs in place, but has not done so in its first call; let it work on a copy "
-                "(inputs = inputs.clone())"
-            )
-        self.known.changes_inputs = changed or bool(self.known.changes_inputs)
-        self.randomness.__enter__()
-        return self.given
-
-    def __exit__(self, *error):
-        self.randomness.__exit__(*error)
-
-
-@contextlib.contextmanager
-def _forward_hooks_noted(network: nn.Module, twin: nn.Module):
-    """Of the network's forward hooks, a copy of it gets those that change an output in this run; others only look, and
-    shall see the network itself."""
-    changing = set()
-
-    def noted(key: int, hook: Callable) -> Callable:
-        def run(*arguments, **keywords):
-            if (result := hook(*arguments, **keywords)) is not None:
-                changing.add(key)
-            return result
-
-        return run
-
-    pairs = [(m, other) for m, other in zip(network.modules(), twin.modules(), strict=True)
-             if m._forward_hooks or other._forward_hooks]  # fmt: skip
-    before = [module._forward_hooks for module, _ in pairs]
-    for (module, _), hooks in zip(pairs, before, strict=True):
-        module._forward_hooks = type(hooks)((key, noted(key, hook)) for key, hook in hooks.items())
-    try:
-        yield
-    finally:
-        for (module, other), hooks in zip(pairs, before, strict=True):
-            module._forward_hooks, kept = hooks, other._forward_hooks
-            other._forward_hooks = type(hooks)((k, kept.get(k, h)) for k, h in hooks.items() if k in changing)
-            other._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs
-
-
-@contextlib.contextmanager
-def _hooks_told(network: nn.Module):
-    """Modules' backward hooks that change gradients raise RuntimeError in backward(): AlignAda's errors come from the
-    initial network, and know nothing of them. Those of layers are not called at all, of which a warning tells."""
-
-    def told(hook: Callable, name: str) -> Callable:
-        def looks(*arguments):
-            if hook(*arguments) is not None:
-                raise RuntimeError(
-                    f"a backward hook of {name} changes gradients, which AlignAda cannot follow; let it return None, "
-                    "or change them by a hook of a tensor"
-                )
-
-        return looks
-
-    before = []
-    for name, module in network.named_modules():
-        for kind in ("_backward_hooks", "_backward_pre_hooks"):
-            if hooks := getattr(module, kind):
-                before.append((module, kind, hooks))
-                setattr(module, kind, type(hooks)((key, told(hook, name)) for key, hook in hooks.items()))
-                if isinstance(module, LAYERS) and kind == "_backward_hooks":
-                    warnings.warn(
-                        f"backward hooks of {name} are not called where AlignAda cuts the network in front of it",
-                        stacklevel=6,
-                    )
-    try:
-        yield
-    finally:
-        for module, kind, hooks in before:
-            setattr(module, kind, hooks)
-
-
-_DRAWING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # networks that were seen to draw on a GPU
-
-
-class _Randomness:
-    """Made before a pass and entered for the next, it makes both draw the same random numbers, as for dropout; at the
-    end the generators stand where they stood when it was entered.
-
-    torch's generators, on the devices of the network's tensors too, NumPy's and Python's. (For what modules hold, see
-    `_carry_state`.)
-    """
-
-    def __init__(self, network: nn.Module):
-        devices = {tensor.device for _, _, tensor in _Inventory(network).places}
-        self.devices = sorted((d.type, d.index) for d in devices if d.type not in ("cpu", "meta"))
-        if _capturing():  # a CUDA graph, in which the GPU's generators cannot be read: the warm-up told
-            if network in _DRAWING:
-                raise RuntimeError(
-                    "the network draws random numbers on the GPU, which a rule that runs it twice cannot repeat in a "
-                    "CUDA graph; train it without capturing"
-                )
-            self.devices = []
-        self.network, self.state = network, self.read()
-
-    def __enter__(self):
-        self.before = self.read()
-        if any(not torch.equal(one, other) for one, other in zip(self.state[3:], self.before[3:], strict=True)):
-            _DRAWING.add(self.network)
-        self.write(self.state)
-
-    def __exit__(self, *error):
-        self.write(self.before)
-
-    def read(self) -> list:
-        if _tracing():
-            return []
-        numpy = sys.modules.get("numpy")
-        return [
-            torch.get_rng_state(),
-            random.getstate(),
-            numpy and numpy.random.get_state(),
-            *(torch.get_device_module(kind).get_rng_state(*_index(index)) for kind, index in self.devices),
-        ]
-
-    def write(self, state: list) -> None:
-        if not state:
-            return
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        if state[2]:
-            sys.modules["numpy"].random.set_state(state[2])
-        for (kind, index), of_device in zip(self.devices, state[3:], strict=True):
-            torch.get_device_module(kind).set_rng_state(of_device, *_index(index))
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _index(index: int | None) -> tuple[int, ...]:
-    return () if index is None else (index,)
-
-
-@contextlib.contextmanager
-def _randomness_kept(keywords: Mapping):
-    """Nothing that a function draws, from torch's generators or one that it is given, shows afterwards."""
-    generator = keywords.get("generator")
-    state = None if generator is None else generator.get_state()
-    with torch.random.fork_rng():
-        yield
-    if generator is not None:
-        generator.set_state(state)
-
-
-# ---------------------------------------------------------------------------- the engine: threads and torch.compile
-
-_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-
-
-def _lock(network: nn.Module):
-    """Held by a pass: its network's modules hold twins of their parameters meanwhile."""
-    return _LOCKS.setdefault(network, threading.RLock())
-
-
-_RULES: "weakref.WeakValueDictionary[int, Rule]" = weakref.WeakValueDictionary()  # by their key
-_KEYS = itertools.count()
-_TRACED = threading.local()  # whether a rule is running to be compiled
-
-
-def _registered(rule: Rule) -> int:
-    """A key by which a compiled graph can name the rule."""
-    key = next(_KEYS)
-    _RULES[key] = rule
-    return key
-
-
-def _watchable(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors can be made into ones that are watched: not those of other libraries' own kinds."""
-    return not _tracing() and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-
-
-def _tracing() -> bool:
-    return getattr(_TRACED, "running", False)
-
-
-def _compiled(rule: Rule, inputs, keywords) -> Tensor:
-    """The rule as one function of a compiled graph: torch follows the tensors through it, not Python's doings."""
-    if any(isinstance(module, _DropoutNd) and module.training for module in rule.network.modules()):
-        return _uncompiled(rule, inputs, keywords)  # two passes must draw the same masks
-    state = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
-    modes = tuple(module.training for module in rule.modules())  # so that another mode is compiled anew
-    return _in_graph(rule.key, modes, state, inputs, keywords)
-
-
-@torch.compiler.disable
-def _uncompiled(rule: Rule, inputs, keywords) -> Tensor:
-    return rule.attached(*inputs, **keywords)
-
-
-def _in_graph(key: int, modes: tuple[bool, ...], state: dict[str, Tensor], inputs, keywords) -> Tensor:
-    rule = _RULES[key]
-    own = {**dict(rule.named_parameters()), **dict(rule.named_buffers())}
-    before, _TRACED.running = _tracing(), True
-    try:
-        tensors = {id(own[name]): _named_like(own[name], tensor) for name, tensor in state.items()}
-        with _Inventory(rule).holding(tensors, shared=False):
-            return rule.attached(*inputs, **keywords)
-    finally:
-        _TRACED.running = before
-
-
-torch.compiler.allow_in_graph(_in_graph)
-
-
-# ----------------------------------------------------------------------------------------------- the engine: refusals
-
-ANYTHING = "Backprop takes any network as it is, AlignZero any that can be copied"  # what errors end with
-
-CHECKPOINTED = (
-    "the network checkpoints activations (torch.utils.checkpoint): it runs again in the backward pass, where this rule "
-    "cannot follow it; switch that off (Backprop takes it)"
-)
-INSIDE = (
-    "the network computes gradients (torch.autograd.grad, backward) inside of its forward pass, where this rule would "
-    "send its own errors; compute them outside (Backprop takes it)"
-)
-IN_PLACE_VIEW = (
-    "the network changes a view in place by an activation function (h.view(...).relu_()), which this rule cannot "
-    "follow; write it out of place"
-)
-TRANSFORMED = (
-    "the network calls {} inside a functional transform (torch.func, torch.vmap), where this rule cannot follow it; "
-    f"write it without ({ANYTHING})"
-)
-FOREIGN = (
-    "uses a tensor that has a gradient and is none of its parameters or inputs, or that it keeps from an earlier call: "
-    "hand it over as an input, or detach it"
-)
-
-# Modules that use weights inside one fused call, where a rule cannot reach the single layers.
-FUSED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-# Modules whose `weight` and `bias` are no linear map of an activity: they look up, scale and shift.
-OTHERS = (
-    nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU,
-)  # fmt: skip
-
-
-def _unseen(name: str, where: str) -> str:
-    return (
-        f"the network uses its parameter {name!r} {where}, past the calls that this rule can follow (a scripted or "
-        f"compiled function, a torch.autograd.Function of your own); call torch's own functions ({ANYTHING})"
-    )
-
-
-def _require_copied(values, foreign: set[int]) -> None:
-    for value in values[0]:
-        if id(value) in foreign or type(value) in CONTAINERS:
-            break
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or not 0 < p < 1:
+        return F.dropout(input, p, training, inplace)
+    if input.device.type in ("cpu", "mps"):
+        mask = aten.bernoulli.p(_cut(input), 1 - p).div(1 - p)
     else:
-        if not values[1]:
-            return
-    if any(isinstance(tensor, nn.Parameter) and id(tensor) in foreign for tensor in _tensors_in(values)):
-        raise TypeError(
-            "the copy of the network uses the original's parameters, because a function that it holds refers to the "
-            "original (a lambda or a replaced `forward`); refer to modules through self"
-        )
+        mask = aten.native_dropout.default(_cut(input), p, True)[1].to(input.dtype) * (1 / (1 - p))
+    return input.mul_(mask) if inplace else input.mul(mask)
 
 
-def _require_layers(network: nn.Module, added: Iterable[str] = (), remedy: str = ANYTHING) -> None:
-    """Raise TypeError where a network keeps weights in a form that the layer-wise rules cannot follow.
+def _bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear((one[..., :, None] * other[..., None, :]).flatten(-2), weight.flatten(1), bias)
 
-    Args:
-        added: names of parameters that are added to activities; others that look like a matrix must be a layer's.
-        remedy: what else the user can do.
+
+SPELLED = {
+    Tensor.detach: _cut, torch.detach: _cut, Tensor.data.__get__: _cut,
+    F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
+}  # fmt: skip
+
+
+def bernoulli(like: Tensor, p: float, **keywords) -> Tensor:
+    """Drawn in the order of the tensor's memory, as dropout does."""
+    return torch.empty_like(like).bernoulli_(p, **keywords)
+
+
+def copied(to: Tensor, source: Tensor, *_) -> Tensor:
+    """What writing one tensor into all of another gives."""
+    return source.to(to).expand(to.shape)
+
+
+RESPELLED = {
+    aten.view.default: aten.reshape.default,  # the strides of real tensors may differ from those of fake ones
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.bernoulli.p: bernoulli,
+    aten.copy.default: copied,  # which has no derivative
+    aten.detach_copy.default: torch.detach,  # functionalisation takes detach for an alias
+    aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
+}
+
+
+def _respell(node: fx.Node) -> None:
+    if node.target is aten.copy_.default:  # into an input: what reads the result reads what was written
+        node.replace_all_uses_with(node.args[1])
+    if str(node.target) == "align_rules.function.default":
+        node.target, node.args = _functions().pop(node.args[1]), (node.args[0],)
+        node.target.__name__ = node.target.__qualname__ = "autograd_function"
+    elif node.op == "call_function":
+        node.target = RESPELLED.get(node.target, node.target)
+
+
+def _in_place(node: fx.Node) -> bool:
+    writes_back = node.target is aten.copy_.default and node.args[0].op == "placeholder"
+    return not writes_back and (schema := getattr(node.target, "_schema", None)) is not None and schema.is_mutable
+
+
+def _autocast_off(arguments: Iterable):
+    """The graph has the casts that autocast makes, and is not cast again."""
+    kind = next((t.device.type for t in arguments if isinstance(t, Tensor)), "cpu")
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def _write(written: Iterable, arguments: list, tensors: Mapping[str, Any]) -> None:
+    """Put state back where it came from."""
+    for target, value in written:
+        tensor = tensors[target] if isinstance(target, str) else arguments[target]
+        if tensor.requires_grad:
+            raise TypeError(f"the network writes into an input {tuple(tensor.shape)} that has a gradient; let it write a copy")
+        tensor.copy_(value)
+
+
+class _Call:
+    """A call of a rule: written down once for its kind, or recorded as it runs. `read`: its graph, and the rule's code."""
+
+    def __init__(self, rule: Rule, inputs: tuple, keywords: dict, proving: bool = False):
+        self.rule, self.inputs, self.keywords, self.proving = rule, inputs, keywords, proving
+        self.carried, self.read, self.hooks = False, None, ()
+
+    def result(self) -> Any:
+        rule, network = self.rule, self.rule.network
+        with _LOCK:
+            _require_same_network(rule)
+            hooks = [hook for m in network.modules() for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held]
+            self.hooks = tuple(hooks)  # a graph is checked anew with others, which may change gradients
+            drawn, reason = random.getstate(), None  # from which Dynamo may draw before it runs the graph
+            while not hasattr(rule, "recorded") and reason is None:
+                try:
+                    return self.enter()
+                except _Unproved as unproved:
+                    capture, arguments = unproved.args
+                except _Refused as refused:
+                    reason, lasts = str(refused), refused.__cause__ is not None
+                random.setstate(drawn)
+                if reason is None:
+                    self.prove(_Call(Backprop(network), self.inputs, self.keywords, True).enter, arguments)
+                    capture.proved.add(self.hooks)
+            if self.hooks not in getattr(rule, "recorded", ()):
+                self.prove(_Call(Backprop(network), self.inputs, self.keywords).record, None)
+            result = self.record()
+            if reason is not None:
+                if lasts:
+                    rule.recorded = {self.hooks}
+                warnings.warn(
+                    f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch cannot "
+                    f"write it down: {reason}",
+                    stacklevel=_depth(),
+                )
+            return result
+
+    def enter(self) -> Any:
+        """By way of Dynamo."""
+        if not hasattr(self.rule, "entry"):
+            self.rule.entry = _Entry.of(self.rule.network)
+        before, _now.call = getattr(_now, "call", None), self
+        try:
+            with torch._dynamo.config.patch(**_SETTINGS), _without_backward_hooks(self.rule.network):
+                result = self.rule.entry.function(self.rule.network, self.inputs, self.keywords)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise _Refused(_reason(error)) from error
+        except RuntimeError as error:
+            if self.carried or "fullgraph=True" not in str(error):
+                raise
+        finally:
+            _now.call = before
+        if not self.carried:
+            raise _Refused("torch.compile is switched off here, or another mode watches what torch is called for")
+        return result
+
+    def record(self) -> Any:
+        """As it runs."""
+        with _without_backward_hooks(self.rule.network):
+            record = _Record(self.rule.network, self.inputs, self.keywords)
+        names, parameters = _named(self.rule, record.arguments)
+        graph, tensors = Graph(record.graph, names, parameters, self.rule.activities), self.rule.tensors()
+        _require_learnable(self.rule, graph)
+        draft = _Live(graph, record.arguments, tensors, record.values)
+        with _autocast_off(record.arguments):
+            outputs = self.rule.derive(draft)
+        _write(draft.written, record.arguments, tensors)
+        self.read = graph, None
+        return record.returned(self.rule.finish(outputs, draft.extras, record.arguments))
+
+    def prove(self, written_down: Callable[[], Any], arguments: tuple | None) -> None:
+        """Check that what was written down gives, as backprop, the network's output and gradients.
+
+        Raises:
+            TypeError: it does not, or that cannot be told.
+        """
+        network, found = self.rule.network, []
+        given = _tensors((self.inputs, self.keywords, arguments))
+        watched = list({id(t): t for t in (*network.parameters(), *given) if t.requires_grad}.values())
+        for function in (lambda: network(*self.inputs, **self.keywords), written_down):
+            with _undisturbed(network, (self.inputs, self.keywords)):
+                output = function()
+                if not found and (outside := _leaves(output, watched)):
+                    watched += outside
+                outputs, stream = _tensors(output), torch.Generator("cpu").manual_seed(0)
+                learning = [f for f in outputs if f.requires_grad]
+                signs = [torch.randn(f.shape, generator=stream, dtype=f.dtype, device="cpu").to(f.device) for f in learning]
+                total = sum((f * sign).sum().abs() for f, sign in zip(learning, signs, strict=True))
+                try:
+                    found.append((outputs, _gradients(total, watched)))
+                except RuntimeError as error:
+                    raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
+        (outputs, gradients), (own, own_gradients) = found
+        name = type(network).__name__
+        if len(own) != len(outputs):
+            raise TypeError(f"{name} returns {type(output).__name__}, in which tensors cannot be found; return a tuple or dict")
+        names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
+        told = [f"output {k}" for k in range(len(outputs))]
+        told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
+        shares = _shares(own, outputs) + _shares(own_gradients, gradients)
+        for what, share, tensor in zip(told, shares, (*outputs, *watched), strict=True):
+            if not share <= _tolerance(tensor.dtype, 1e-2, 0.3):
+                raise TypeError(f"torch writes {name} down wrongly: {what} is off by {share:.2g} of its size. {REMEDY}")
+
+
+@contextlib.contextmanager
+def _without_backward_hooks(network: nn.Module):
+    """A rule has no gradients to show them."""
+    held = [(m, m._backward_hooks, m._backward_pre_hooks) for m in network.modules() if m._backward_hooks or m._backward_pre_hooks]
+    for module, *_ in held:
+        module._backward_hooks, module._backward_pre_hooks = collections.OrderedDict(), collections.OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in held:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line, and at which line of the network."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
+    places = [_place(line) for line in text if line.startswith("File ") and "/torch/" not in line and __file__ not in line]
+    return ": ".join([text[0], *told[:1]]) + "".join(f" (at {place})" for place in places[-1:])
+
+
+# ------------------------------------------------------------------------------------------------ the graph: recording
+
+
+class _Record(TorchDispatchMode):
+    """A call of a network, carried out and written down operator by operator, for this call alone.
+
+    `arguments` are the tensors that its graph's places stand for, `values` what was computed.
     """
-    _require_parameters(network, added)
-    _require_plain(network)
-    for name, module in network.named_modules():
-        if isinstance(module, Rule):
-            raise TypeError(f"{name or 'the network'} is a rule itself; make one rule for the whole network ({remedy})")
-        if (problem := _unreachable(module, name, added)) is not None:
-            raise TypeError(f"{name or 'the network'} {problem} ({remedy})")
-    if not layer_weights(network):
-        raise TypeError("the network has no torch.nn.Linear or torch.nn.Conv layer that a rule could teach")
+
+    def __init__(self, network: nn.Module, inputs: tuple, keywords: dict):
+        super().__init__()
+        self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
+        given: list[Tensor] = []
+        structure = _mapped(lambda t: _Slot(given, t), (inputs, keywords))
+        parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+        self.network, self.held = network, [*parameters.values(), *buffers.values(), *given]
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            held = dict(zip((*parameters, *buffers), tensors, strict=False))
+            for name, parameter in parameters.items():
+                vars(held[name]).update(vars(parameter))
+            inputs, keywords = _filled(structure, tensors[len(held) :])
+            before = {id(m): dict(vars(m)) for m in network.modules()}
+            output = torch.func.functional_call(network, now := dict(held), inputs, keywords)
+            found: list[Tensor] = []
+            self.output = _mapped(lambda t: _Slot(found, t), output)
+            # What the network keeps: tensors in attributes, and others in the places of buffers.
+            kept = [(vars(m), key, value) for m in network.modules() for key, value in vars(m).items()
+                    if isinstance(value, Tensor) and before[id(m)].get(key) is not value]  # fmt: skip
+            for name in buffers:
+                path, _, key = name.rpartition(".")
+                if now[name] is not held[name]:
+                    kept.append((network.get_submodule(path)._buffers, key, now[name]))
+            self.kept = [(place, key) for place, key, _ in kept]
+            self.traced = [*found, *(value for _, _, value in kept)]
+            return self.traced
+
+        self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
+        stand_ins = [t.detach().requires_grad_(t.requires_grad) for t in self.held]
+        for k, tensor in enumerate(self.held):
+            if not isinstance(tensor, nn.Parameter):  # which the network may write to
+                stand_ins[k] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            self.arrived(stand_ins[k], tensor)
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), _Spelling(), self:
+            results = _functionalised(lambda *tensors: run(list(tensors)), *stand_ins)
+        if any(isinstance(node, BackwardCFunction) for node in _nodes_behind(self.traced)):
+            raise TypeError(f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}")
+        self.graph.output([self.node_of(t) for t in results])
+        for node in self.graph.nodes:
+            _respell(node)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
+
+    def arrived(self, value: Tensor, argument: Tensor) -> fx.Node:
+        """An input of the call, or a tensor from outside."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        with self.graph.inserting_after(places[-1]) if places else contextlib.nullcontext():
+            self.noted(value, node := self.graph.placeholder(f"input_{len(places)}"))
+        self.arguments.append(argument)
+        return node
+
+    def noted(self, value: Any, node: fx.Node) -> None:
+        node.meta["val"] = self.values[node] = value  # which lives as long as this, and keeps its id
+        if isinstance(value, Tensor):
+            self.nodes[id(value)] = node
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs or {}))
+        self.noted(result, node := self.graph.call_function(operation, args, kwargs))
+        frame = sys._getframe(_depth() - 1)
+        node.meta["stack_trace"] = f'File "{frame.f_code.co_filename}", line {frame.f_lineno}'
+        for k, part in enumerate(result if isinstance(result, tuple | list) else ()):
+            self.noted(part, self.graph.call_function(operator.getitem, (node, k)))
+        return result
+
+    def returned(self, outputs: list) -> Any:
+        """What the network returns, with these tensors in it; those that it keeps are put there."""
+        for (place, key), value in zip(self.kept, outputs[len(outputs) - len(self.kept) :], strict=True):
+            place[key] = value
+        return _filled(self.output, outputs)
 
 
-def _unreachable(module: nn.Module, name: str, added: Iterable[str]) -> str | None:
-    """What keeps the layer-wise rules from following a module itself, without its children; None if nothing does."""
-    kind = type(module).__name__
-    if isinstance(module, FUSED) and any(parameter.requires_grad for parameter in module.parameters()):
-        return (
-            f"is a {kind}, whose weights are used inside one fused call; write it with torch.nn.Linear layers to use "
-            "this rule"
-        )
-    if isinstance(module, LAYERS):
-        if "weight" not in module._parameters:
-            return (
-                "makes its weight from other parameters (weight norm, for example), which this rule cannot follow; "
-                "remove the parametrisation"
-            )
-        if module.weight is not None and module.weight.is_complex():
-            return "has complex weights, for which this rule is not defined; split them into real and imaginary parts"
-    for own in _matrices(module):
-        full = f"{name}.{own}".lstrip(".")
-        if full not in added:
-            return _misplaced(module, own, full)
-    return None
+def _depth() -> int:
+    """How many calls up is the first line that is neither torch's nor this file's."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
-def _matrices(module: nn.Module) -> list[str]:
-    """Names of the learned parameters of a module itself that may be matrices and are no layer's weight."""
-    known = ("weight", "bias") if isinstance(module, LAYERS + OTHERS) else ()
-    own = module.named_parameters(recurse=False)
-    suspect = _is_matrix if not _of_torch(module) else lambda p: p.dim() > 1
-    return [name for name, p in own if name not in known and p.requires_grad and suspect(p)]
+class _Slot:
+    """Where a tensor stood among others."""
+
+    def __init__(self, found: list, tensor: Tensor):
+        self.index = len(found)
+        found.append(tensor)
 
 
-def _of_torch(module: nn.Module) -> bool:
-    lists = isinstance(module, nn.ParameterList | nn.ParameterDict)
-    return type(module).__module__.startswith("torch.nn.") and not lists
+def _filled(values: Any, tensors: list) -> Any:
+    return _mapped(lambda slot: tensors[slot.index], values, _Slot)
 
 
-def _misplaced(module: nn.Module, own: str, full: str) -> str:
-    if _of_torch(module):
-        return (
-            f"is a {type(module).__name__}, whose {own} this rule does not follow; use torch.nn.Linear or Conv layers "
-            "(for a transposed convolution, torch.nn.Upsample and a Conv layer)"
-        )
-    return (
-        f"holds the parameter {own} of shape {tuple(module.get_parameter(own).shape)} itself; if it multiplies "
-        "activities, make it the weight of a torch.nn.Linear or Conv layer; if it is added to them (a position "
-        f"embedding, an initial state), name it: added=({full!r},)"
-    )
+# -------------------------------------------------------------------------------------- tensors, and what holds them
 
 
-def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it may be the matrix of a linear map; with a first dimension of 1 it is taken as added to activities."""
-    return parameter.dim() > 1 and parameter.shape[0] > 1 and sum(size > 1 for size in parameter.shape) > 1
+class _Tensors(nn.Module):
+    """Tensors by names, with dots or without, which move and are saved with the module that holds them."""
+
+    def __init__(self, tensors: Named):
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                module = module._modules.setdefault(part, nn.Module())
+            module._buffers[last] = tensor
+
+    def named(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers(remove_duplicate=False))
+
+    def append(self, tensor: Tensor) -> None:
+        self._buffers[str(len(self))] = tensor
+
+    def __len__(self) -> int:
+        return len(self.named())
+
+    def __iter__(self):
+        return iter(self.named().values())
 
 
-def _require_plain(network: nn.Module) -> None:
-    """Raise TypeError for what cannot be copied: scripted, compiled modules, lazy ones that have not seen an input."""
-    for name, module in network.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{name or 'the network'} is scripted; make the rule on the module before torch.jit.script")
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise TypeError(f"{name or 'the network'} is compiled; make the rule on the module, and compile the rule")
-    for name, parameter in network.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise TypeError(f"{name} has no shape yet; call the network on a batch before making the rule")
-
-
-def _require_parameters(network: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError for a name that no parameter has."""
-    known = dict(network.named_parameters())
-    for name in names:
-        if name not in known:
-            raise ValueError(f"the network has no parameter {name!r}; it has {', '.join(known)}")
-
-
-def _named_weights(network: nn.Module, layers: Iterable[str]) -> tuple[str, ...]:
-    """The names of these layers' weights.
+def _stood_in_for(network: nn.Module, activities: Names, given: Named) -> tuple[str, ...]:
+    """The parameters that feedback stands in for: weights of torch.nn's layers, in order; then all others of two or more
+    dimensions but gains of weight norm, and those for which it is given.
 
     Raises:
-        ValueError: the network has no such layer.
+        ValueError: what is given does not fit.
     """
-    names = tuple(f"{name}.weight".lstrip(".") for name in layers)
-    if unknown := set(names) - set(layer_weights(network)):
-        raise ValueError(f"the network has no layer with the weight {', '.join(sorted(unknown))}")
-    return names
+    parameters, layers = dict(network.named_parameters()), layer_weights(network)
+    shapes = {name: tuple(weight.shape) for name, weight in layers.items() if name not in activities}
+    fits = all(name in parameters and B.shape == parameters[name].shape for name, B in given.items())
+    if given and not (fits and set(shapes) <= set(given)):
+        got = {name: tuple(B.shape) for name, B in given.items()}
+        raise ValueError(f"feedback weights must have the names and shapes {shapes}, not {got}")
+    others = [n for n, p in parameters.items() if p.dim() > 1 and n.rpartition(".")[2] not in ("original0", "weight_g")]
+    return tuple(name for name in dict.fromkeys([*shapes, *others, *given]) if name not in activities)
 
 
-def _within(name: str, place: str) -> bool:
-    return not place or name == place or name.startswith(f"{place}.")  # "" is the network itself
+def _like(parameter: Tensor, values: Tensor) -> Tensor:
+    """A copy, in the type and the order of memory that the parameter has."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(values.detach())
 
 
-def _one_tensor(output) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the network returns a {type(output).__name__}, but this rule needs one tensor")
-    return output
+def _seed(generator: torch.Generator | None) -> Tensor:
+    return torch.randint(2**62, (), generator=generator, device="cpu")
 
 
-# ---------------------------------------------------------------------------------------- the engine: tensors in values
+def _normal_like(tensor: Tensor, std: float | Tensor, generator: torch.Generator | None) -> Tensor:
+    """Drawn on the CPU, where a seed means the same everywhere, unless the generator is another device's."""
+    device = "cpu" if generator is None else generator.device
+    return _like(tensor, torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device) * float(std))
 
 
-def _map_arguments(function: Callable[[Tensor], Any], values):
-    """The arguments of one of torch's functions, with the function applied to every tensor in them."""
-    if isinstance(values, Tensor):
-        return function(values)
-    if isinstance(values, dict):
-        return {name: _map_arguments(function, value) for name, value in values.items()}
-    if type(values) in (tuple, list):
-        return type(values)(_map_arguments(function, value) for value in values)
-    if isinstance(values, tuple) and hasattr(values, "_make"):
-        return type(values)._make(_map_arguments(function, value) for value in values)
-    return values
-
-
-def _tensors_in(values) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dictionaries."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)) or isinstance(values, torch.Size):
-        return []
-    return [tensor for value in values for tensor in _tensors_in(value)]
-
-
-def _deep_tensors(values) -> list[Tensor]:
-    """Every tensor in what a user hands over."""
+def _tensors(values: Any) -> list[Tensor]:
+    """Every tensor in what goes into a network or comes out of it."""
     found: list[Tensor] = []
-    _map_tensors(lambda tensor: found.append(tensor) or tensor, values)
+    _mapped(found.append, values)
     return found
 
 
-def _without_gradient(values):
-    """What a user hands over, as data."""
-    if any(tensor.requires_grad for tensor in _deep_tensors(values)):
-        return _map_tensors(Tensor.detach, values)
-    return values
-
-
-def _map_tensors(function: Callable[[Tensor], Any], values):
-    """What a user hands over, with the function applied to every tensor in it: in all containers that torch knows
-    (torch.utils._pytree), named tuples such as PackedSequence, dataclasses and the like."""
+def _mapped(function: Callable[[Any], Any], values: Any, kind: type = Tensor) -> Any:
+    """With a function applied to every tensor: in all containers that torch knows, and in dataclasses and the like."""
 
     def mapped(value):
-        if isinstance(value, Tensor):
+        if isinstance(value, kind):
             return function(value)
-        if isinstance(value, tuple) and hasattr(value, "_make"):
-            return type(value)._make(_map_tensors(function, part) for part in value)
         if isinstance(value, collections.abc.Iterator):
             raise TypeError(f"an input is a {type(value).__name__}, which can be read only once: hand over a list")
-        if (dataclasses.is_dataclass(value) and not isinstance(value, type)) or isinstance(value, collections.UserDict):
+        if isinstance(value, collections.UserDict) or (hasattr(value, "__dataclass_fields__") and not isinstance(value, type)):
             twin = copy.copy(value)
             for name, part in vars(value).items():
-                object.__setattr__(twin, name, _map_tensors(function, part))
+                object.__setattr__(twin, name, _mapped(function, part, kind))
             return twin
         return value
 
     return pytree.tree_map(mapped, values)
+
+
+def _nodes_behind(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> set:
+    """Of the autograd graph, but what lies behind known tensors."""
+    nodes, seen = [t.grad_fn for t in tensors], {None, *(t.grad_fn for t in known)}
+    found = set()
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            found.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return found
+
+
+def _leaves(values: Any, known: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves of the autograd graph behind tensors, but those that are known, or behind known tensors."""
+    known = list(known)
+    leaves = [n.variable for n in _nodes_behind(_tensors(values), known) if hasattr(n, "variable")]
+    return [leaf for leaf in leaves if not any(leaf is t for t in known)]
+
+
+def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
+    if not of or not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [None] * len(of)
+    with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
+        return list(torch.autograd.grad(loss, of, allow_unused=True))
+
+
+def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
+    """Of what is computed in two ways, as a share of its largest entry."""
+    return {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: single, torch.complex64: single}.get(dtype, below)
+
+
+def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[float]:
+    """The largest differences, relative to the largest entries expected; a missing gradient is one of zeros."""
+    sizes = [0.0 if t is None or not t.numel() else t.detach().abs().nan_to_num(0, 0).max().item() for t in expected]
+    # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
+    floor = max(1e-4 * max(sizes, default=0.0), 1e-30)
+    shares = []
+    for one, other, size in zip(found, expected, sizes, strict=True):
+        there = next((t for t in (one, other) if t is not None), torch.zeros(()))
+        one, other = (torch.zeros_like(there) if t is None else t.detach() for t in (one, other))
+        if one.shape == other.shape:
+            gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
+            shares.append(gap.max().item() / max(size, floor) if gap.numel() else 0.0)
+        else:
+            shares.append(math.inf)
+    return shares
+
+
+@contextlib.contextmanager
+def _undisturbed(network: nn.Module, values: Any = ()):
+    """What runs inside leaves no trace in a network, in these tensors, in generators of random numbers."""
+    containers = (dict, list, set, collections.deque)
+    places = [held for module in network.modules() for held in (vars(module), module._buffers)]
+    places += [value for place in places for value in place.values() if isinstance(value, containers)]
+    before = [(place, copy.copy(place)) for place in places]
+    held = [value for _, kept in before for value in (kept.values() if isinstance(kept, dict) else kept)]
+    tensors = {id(t): t for t in (*_tensors(values), *held) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)}
+    contents = [(t, t.detach().clone()) for t in tensors.values()]
+    data = [(parameter, parameter.data) for parameter in network.parameters()]
+    states = [(write, read()) for read, write in _generators(held)]
+    kind = next((p.device.type for p in network.parameters() if p.device.type not in ("cpu", "meta", "mps")), "cpu")
+    devices = {p.device.index for p in network.parameters() if p.device.type == kind != "cpu"}
+    try:
+        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+            yield
+    finally:
+        for place, kept in before:
+            place.clear()
+            (place.extend if isinstance(place, list | collections.deque) else place.update)(kept)
+        for tensor, content in contents:
+            tensor.data.copy_(content)
+        for parameter, kept in data:
+            parameter.data = kept
+        for write, state in states:
+            write(state)
+
+
+def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
+    """How to read and write the state of Python's and NumPy's generators, and of those that a network holds."""
+    found = [(random.getstate, random.setstate)]
+    numpy = sys.modules.get("numpy")
+    for value in (*held, *([numpy.random] if numpy else [])):
+        if numpy and isinstance(value, numpy.random.Generator):
+            found.append((lambda g=value: g.bit_generator.state, lambda s, g=value: setattr(g.bit_generator, "state", s)))
+        for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
+            if hasattr(value, get) and hasattr(value, put):
+                found.append((getattr(value, get), getattr(value, put)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+REMEDY = "Backprop takes it; for other rules write that part of the network with torch's own operators"
+
+
+def _modules_and_parameters(network: nn.Module) -> list[tuple]:
+    return [(name, id(m), *map(id, m._modules.values()), *m._parameters.items()) for name, m in network.named_modules()]
+
+
+def _require_same_network(rule: Rule) -> None:
+    """Raise RuntimeError where a rule's gradient is not what is asked for, or the network is not the rule's."""
+    if (around := _transforms()) is not None:
+        raise RuntimeError(f"this rule's gradient is the gradient of nothing, and {around} cannot go through it; Backprop can")
+    if getattr(rule, "_is_replica", False):
+        raise RuntimeError("DataParallel copies parameters, which a rule cannot follow; use DistributedDataParallel")
+    now = _modules_and_parameters(rule.network)
+    if all(map(_same, now, rule.known)) and len(now) == len(rule.known):
+        return
+    for one, other in itertools.zip_longest(now, rule.known, fillvalue=("the network",)):
+        if len(one) != len(other) or not all(map(_alike, one, other)):
+            raise RuntimeError(
+                f"{one[0] or 'the network'} has other modules or parameters than when the rule was made (or torch.func has "
+                "put other tensors in their places): make the rule anew"
+            )
+    rule.known = now  # other parameters of the same shapes: load_state_dict(assign=True)
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    return len(one) == len(other) and all(
+        a[0] == b[0] and a[1] is b[1] if isinstance(a, tuple) and isinstance(b, tuple) else a == b
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, tuple) or not isinstance(other, tuple):
+        return one == other
+    (name, parameter), (other_name, other_parameter) = one, other
+    both = isinstance(parameter, nn.Parameter) and isinstance(other_parameter, nn.Parameter)
+    return name == other_name and (parameter is other_parameter or (both and parameter.shape == other_parameter.shape))
+
+
+def _named(rule: Rule, arguments: Iterable) -> tuple[tuple[str | None, ...], dict[str, Tensor]]:
+    """The names of the parameters and buffers among a call's inputs; and all parameters."""
+    parameters = dict(rule.network.named_parameters())
+    names = {id(t): name for name, t in (*rule.network.named_buffers(), *parameters.items())}
+    return tuple(names.get(id(t)) for t in arguments), parameters
+
+
+def _require_learnable(rule: Rule, graph: Graph) -> None:
+    if written := [name for place, name in graph.parameters.items() if place in graph.state]:
+        raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
+    if rule.layerwise:
+        graph.require_layers()
+
+
+def _require_plain(network: nn.Module) -> None:
+    """Raise TypeError for modules that no rule can be made on."""
+    for name, module in network.named_modules():
+        name = name or "the network"
+        if isinstance(module, Rule):
+            raise TypeError(f"{name} is a rule itself; make one rule for the whole network")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name} is scripted; make the rule on the module before torch.jit.script")
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise TypeError(f"{name} is compiled; make the rule on the module")
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module._parameters.values()):
+            raise TypeError(f"{name} has no shapes yet; call the network on a batch before making the rule")
+
+
+def _parameters_within(network: nn.Module, places: Names) -> tuple[str, ...]:
+    """The names of the parameters that are named here, or that modules named here hold; "" is the network itself.
+
+    Raises:
+        ValueError: a name has none.
+    """
+    names = dict(network.named_parameters(remove_duplicate=False))  # a shared one by each of its names
+    chosen = set()
+    for place in places:
+        within = {id(p) for name, p in names.items() if not place or name == place or name.startswith(f"{place}.")}
+        if not within:
+            raise ValueError(f"the network has no parameter {place!r}; it has {', '.join(names)}")
+        chosen |= within
+    return tuple(name for name, parameter in network.named_parameters() if id(parameter) in chosen)

@@ -32,7 +32,7 @@ def test_golden_weight_changes():
     training = Training(image_task("kmnist", torch.float32, seed=2), Run("kmnist", "cnn", "pair", 8, 5.0, 99, 50))
     rows = [training.train_epoch() for _ in range(4)]
     for name, network in (("normal", training.rule.network), ("align", training.rule.align)):
-        initial = dict(training.rule.initial.named_parameters())
+        initial = training.rule.initial.named()
         changes = {n: float((p - initial[n]).detach().norm()) for n, p in network.named_parameters()}
         weights = [change for n, change in changes.items() if n.endswith("weight")]
         assert weights == pytest.approx(golden[name]["delta_norm"], rel=0.01)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from align_rules import AlignZero, couple
+from align_rules import AlignZero, Draft, couple
 
 
 class Pair(AlignZero):
@@ -24,6 +24,11 @@ class Pair(AlignZero):
         super().__init__(network, live)
         self.align = copy.deepcopy(network)
 
-    def attached(self, *inputs, **keywords) -> Tensor:
-        self.prepare_initial()
-        return couple(self.network(*inputs, **keywords), self.from_initial(self.align, *inputs, **keywords))
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **{f"align.{name}": p for name, p in self.align.named_parameters()}}
+
+    def derive(self, draft: Draft) -> list:
+        now = draft.follow(draft.inputs())
+        receivers = {place: draft.own(f"align.{name}") for place, name in draft.graph.parameters.items()}
+        first = self.from_initial(draft, now, receivers)
+        return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]

@@ -159,11 +159,11 @@ class AlignmentScores(Recorder):
 
     def __call__(self, pair: Pair, epoch: int) -> dict[str, float | None]:
         if self.epochs is not None and epoch not in self.epochs:
-            numbers = range(1, len(scored_layers(pair.initial)) + 1)
+            numbers = range(1, len(scored_layers(pair.network)) + 1)
             return {f"{kind}_{k}": None for k in numbers for kind in ("score", "control")}
-        networks = (pair.initial, pair.network, pair.align)
-        parameters = PairParameters(*(_exact(network.named_parameters()) for network in networks))
-        return layer_scores(pair.initial, parameters, self.image_size)
+        initial, trained = pair.initial.named().items(), (pair.network, pair.align)
+        parameters = PairParameters(_exact(initial), *(_exact(network.named_parameters()) for network in trained))
+        return layer_scores(pair.network, parameters, self.image_size)
 
 
 def _exact(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
