@@ -410,7 +410,7 @@ class FeedbackAlignment(Rule):
     @torch.no_grad()
     def become_backprop(self) -> None:
         for name, feedback in self.feedback_weights().items():
-            self.network.get_parameter(name).copy_(feedback)
+            self.network.get_parameter(name).data.copy_(feedback)
 
 
 class AlignProp(FeedbackAlignment):
@@ -826,7 +826,7 @@ class _FromInitial(Rule):
         kept = self.initial.named()
         for name, parameter in self.network.named_parameters():
             if name not in self.live:
-                parameter.copy_(kept[name])
+                parameter.data.copy_(kept[name])
 
 
 class AlignZero(_FromInitial):

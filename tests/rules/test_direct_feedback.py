@@ -13,7 +13,6 @@ def test_direct_feedback_is_the_same_in_either_order_of_memory(last):
     error, feedback = torch.randn(5, 3), torch.randn(3, 4, 6, 7)
     if last:
         feedback = feedback.contiguous(memory_format=torch.channels_last)
-    end = align_rules._End(None, torch.Size((5, 4, 6, 7)), torch.float32, torch.device("cpu"))
-    sent = align_rules._project(error, feedback, end)
+    sent = align_rules._projected(error, feedback, torch.Size((5, 4, 6, 7)), torch.float32)
     torch.testing.assert_close(sent, torch.einsum("be,echw->bchw", error, feedback))
     assert sent.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

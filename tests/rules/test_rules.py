@@ -34,7 +34,7 @@ def test_no_two_rules_look_alike():
 def test_the_published_recurrent_rule_leaves_its_readout_uncoupled(variant):
     run = dataclasses.replace(RUN, rule="align_ada", variant=variant)
     rule = make_rule(run, RecurrentNetwork(4, 50))
-    assert rule.uncoupled == (("readout.weight",) if variant == "published" else ())
+    assert rule.uncoupled == (("readout.weight", "readout.bias") if variant == "published" else ())
     assert rule.live == ("initial_state",)
 
 

@@ -161,7 +161,7 @@ def test_every_layer_exact_is_backprop():
     ("options", "message"),
     [
         ({"variant": "xSF"}, "variant must be one of uSF, frSF, brSF, not 'xSF'"),
-        ({"exact": ["5"]}, "no layer with the weight 5.weight"),
+        ({"exact": ["5"]}, "no parameter '5'"),
         ({"magnitudes": {"0.weight": torch.ones(7, 6)}}, "must have the names and shapes"),
         ({"magnitudes": {f"{k}.weight": -torch.ones(7, 7) for k in (0, 2, 4)}}, "must not be negative"),
         ({"variant": "brSF", "magnitudes": {}}, "brSF draws its magnitudes at every call"),

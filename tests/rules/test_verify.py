@@ -77,28 +77,63 @@ def test_rules_that_are_backprop_nowhere(name):
 # ---------------------------------------------------------------------------------------------- what is wrong is told
 
 
+def too_large(monkeypatch, what: str) -> None:
+    """An error that is sent back through the layer in the middle is one hundredth too large; or is, through all."""
+    right = align_rules._transposed
+
+    def transposed(gradient, activity, weight, *through):
+        share = 1.01 if what == "all" or weight.shape == (7, 7) else 1.0
+        return share * right(gradient, activity, weight, *through)
+
+    monkeypatch.setattr(align_rules, "_transposed", transposed)
+
+
 @pytest.mark.parametrize("name", ["fa", "align_prop", "sign_symmetry", "kolen_pollack", "weight_mirror"])
 def test_a_wrong_transpose_is_told_by_the_layers_below_it(name, monkeypatch):
-    right = align_rules.Call.transpose
-
-    def transpose(call, weight):
-        send = right(call, weight)
-        return (lambda error: 1.01 * send(error)) if call.name == "2.weight" else send
-
-    monkeypatch.setattr(align_rules.Call, "transpose", transpose)
-    with pytest.raises(RuntimeError, match=r"gradients differ from it .*: 0\.weight by 0\.01, 0\.bias by 0\.01$"):
+    too_large(monkeypatch, "the middle")
+    with pytest.raises(RuntimeError, match=r"differ .*: 0\.weight by 0\.01, 0\.bias by 0\.01, input 0 by 0\.01$"):
         align_rules.verify(align_rules.RULES[name](mlp()), loss, torch.randn(5, 6))
 
 
 def test_a_wrong_error_of_align_ada_is_told(monkeypatch):
-    right = align_rules._Replay.errors
-
-    def errors(replay, e):
-        return [(edge, None if error is None else 1.01 * error) for edge, error in right(replay, e)]
-
-    monkeypatch.setattr(align_rules._Replay, "errors", errors)
-    with pytest.raises(RuntimeError, match=r": 0\.weight by 0\.01, 0\.bias by 0\.01, 2\.weight by 0\.01, [^4]*$"):
+    right = align_rules._Couple.backward
+    monkeypatch.setattr(
+        align_rules._Couple, "backward", staticmethod(lambda ctx, e: (right(ctx, e)[0], 1.01 * right(ctx, e)[1]))
+    )
+    with pytest.raises(RuntimeError, match=r": 0\.weight by 0\.0[12], 0\.bias by 0\.0[12], 2\.weight by 0\.0[12]"):
         align_rules.verify(align_rules.AlignAda(mlp()), loss, torch.randn(5, 6))
+
+
+class Actor(nn.Module):
+    """Its input, and a tensor from outside, have gradients of their own."""
+
+    scale = torch.ones(7, requires_grad=True)
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.three(torch.relu(self.two(torch.relu(self.one(inputs)) * self.scale)))
+
+
+@pytest.mark.parametrize(("place", "told"), [(0, "input 0"), (2, "a tensor (7,) outside of the network")])
+def test_a_missing_gradient_outside_of_the_network_is_told(place, told, monkeypatch):
+    right = align_rules.AlignAda.derive
+
+    def derive(rule, draft):
+        inputs = [p for p, name in draft.graph.names.items() if name is None and draft.places[p] is not None]
+        lost = next(p for p in inputs if tuple(p.meta["val"].shape) == ((5, 6) if place == 0 else (7,)))
+        draft.places[lost] = draft.call(align_rules.sg, draft.places[lost])
+        return right(rule, draft)
+
+    rule = align_rules.AlignAda(Actor())
+    align_rules.verify(rule, loss, torch.randn(5, 6), double=False)
+    monkeypatch.setattr(align_rules.AlignAda, "derive", derive)
+    monkeypatch.setattr(align_rules.AlignAda, "settings", lambda rule: ("another", place))
+    with pytest.raises(RuntimeError) as error:
+        align_rules.verify(rule, loss, torch.randn(5, 6))
+    assert told in str(error.value)
 
 
 def test_a_wrong_gradient_of_align_zero_is_told(monkeypatch):
@@ -109,14 +144,14 @@ def test_a_wrong_gradient_of_align_zero_is_told(monkeypatch):
 
 
 def test_a_missing_gradient_is_told(monkeypatch):
-    monkeypatch.setattr(align_rules, "transport", lambda output, layer_input, transpose: output)
+    monkeypatch.setattr(align_rules, "_transposed", lambda gradient, activity, *_: torch.zeros_like(activity))
     with pytest.raises(RuntimeError, match=r"0\.weight by 1, 0\.bias by 1, 2\.weight by 1"):
         align_rules.verify(align_rules.AlignProp(mlp()), loss, torch.randn(5, 6))
 
 
 def test_another_output_is_told():
     class Wrong(align_rules.Backprop):
-        def attached(self, *inputs, **keywords):
+        def forward(self, *inputs, **keywords):
             return 1.01 * self.network(*inputs, **keywords)
 
     with pytest.raises(RuntimeError, match="output is not the network's own"):
@@ -125,10 +160,7 @@ def test_another_output_is_told():
 
 @pytest.mark.parametrize(("tolerance", "passes"), [(0.1, True), (0.005, False)])
 def test_the_tolerance_is_the_users(tolerance, passes, monkeypatch):
-    right = align_rules.Call.transpose
-    monkeypatch.setattr(
-        align_rules.Call, "transpose", lambda call, weight: lambda error: 1.01 * right(call, weight)(error)
-    )
+    too_large(monkeypatch, "all")
     rule, inputs = align_rules.AlignProp(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))), torch.randn(5, 6)
     if passes:
         assert align_rules.verify(rule, loss, inputs, tolerance=tolerance)["0.weight"] == pytest.approx(0.01, rel=0.1)
