@@ -8,6 +8,8 @@ import re
 import pytest
 from running import ROOT
 
+pytestmark = pytest.mark.quick
+
 SCRIPTS = [path for path in ROOT.glob("*.py") if path.name != "align_rules.py"]
 FILES = sorted([*SCRIPTS, *(ROOT / "wide").rglob("*.py")])
 ROOMS = {path.parent.name for path in (ROOT / "wide").glob("*/__init__.py")}

@@ -91,7 +91,7 @@ def test_alignment_kmnist_end_to_end(kmnist, tmp_path):
     first = script("alignment_kmnist.py", 2, *options, "--widths", 4, 8, "--epochs", 2)
     assert first.returncode == 0, first.stderr
     assert "2 of 2 runs to train" in first.stdout  # what part 2 needs is trained first
-    assert "GB of disk" in first.stdout
+    assert "MB of disk" in first.stdout
     assert "| layer | width 4 | width 8 |" in first.stdout
 
     third = script("alignment_kmnist.py", 3, *options, "--widths", 8, "--epochs", 3)
