@@ -316,6 +316,16 @@ def test_saving_takes_a_small_share_of_the_time():
     assert not thrift.due()
 
 
+@pytest.mark.parametrize(("learning_rate", "last"), [(0.001, 3), (10.0, 1)])
+def test_the_last_epoch_has_its_checkpoint(task, tmp_path, monkeypatch, learning_rate, last):
+    """However dear saving is: the last that is asked for, and the one in which a run diverges."""
+    monkeypatch.setattr(Thrift, "due", lambda thrift: False)
+    folder = RunFolder(tmp_path, dataclasses.replace(RUN, rule="backprop", width=64, learning_rate=learning_rate))
+    train(task, folder, 3)
+    assert len(folder.rows()) == last
+    assert folder.load(torch.device("cpu"))["epoch"] == last
+
+
 def test_metrics_are_written_at_full_precision(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     train(task, folder, 1)
