@@ -12,7 +12,7 @@ from running import script
 
 from wide.alignment.pairs import PairParameters, layer_scores
 from wide.alignment.parameters import load as load_parameters
-from wide.alignment.scores import exact_score
+from wide.alignment.scores import exact_score, shuffled
 from wide.models.networks import ConvolutionalNetwork, RecurrentNetwork, draw
 from wide.models.pair import Pair
 from wide.reports.alignment_report import read_scores
@@ -50,10 +50,13 @@ def test_scores_are_those_of_the_changes():
             parameter.data += torch.randn_like(parameter)
     metrics = AlignmentScores((8, 8))(pair, 1)
     assert list(metrics) == ["score_1", "control_1", "score_2", "control_2"]
+    mixed = shuffled([block.layer.weight for block in pair.network.blocks], seed=99)  # the published one
     for number, size in ((1, (8, 8)), (2, (8, 8))):
         initial, normal, align = (m.blocks[number - 1].layer for m in (pair.initial, pair.network, pair.align))
-        changes = [(layer.weight - initial.weight).detach() for layer in (normal, align)]
-        assert metrics[f"score_{number}"] == exact_score(initial, *changes, size).value
+        of_a = (align.weight - initial.weight).detach()
+        for kind, weight in (("score", normal.weight), ("control", mixed[number - 1])):
+            change = (weight - initial.weight).detach()
+            assert metrics[f"{kind}_{number}"] == exact_score(initial, change, of_a, size).value
     assert AlignmentScores((8, 8), epochs=[2])(pair, 1) == dict.fromkeys(metrics)
 
 
