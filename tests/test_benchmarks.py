@@ -59,10 +59,9 @@ def test_the_benchmark_runs(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 def test_the_same_steps_in_tensorflow():
     tensorflow = steps.TensorFlow(threads=1)
-    for dataset in ("kmnist", "add"):
-        for rule in steps.rules(dataset):
-            step = steps.Step(steps.Setting(dataset, rule, 4, "fp32"), torch.device("cpu"))
-            assert tensorflow.seconds(step) > 0
+    for dataset, rule in (("kmnist", "align_ada"), ("kmnist", "dfa"), ("add", "align_ada")):
+        step = steps.Step(steps.Setting(dataset, rule, 4, "fp32"), torch.device("cpu"))
+        assert tensorflow.seconds(step) > 0
     tensorflow.close()
 
 

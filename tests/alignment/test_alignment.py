@@ -228,7 +228,7 @@ def test_what_another_shuffle_needs_is_kept_by_what_is_trained_for_it(tmp_path):
     options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path, "--shuffle-seed", 5]
     done = script("alignment_add.py", 2, *options, "--keep-parameters")
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 runs to train" in done.stdout
+    assert "1 of 1 run to train" in done.stdout
     assert {path.name for path in tmp_path.rglob("epoch_*.pt")} == {"epoch_0.pt", "epoch_2.pt"}
     (row,) = RunFolder(tmp_path, PAIR).rows()[1:]
     assert float(scores_in(tmp_path, 2)[0]["control"]) != row["control_1"]  # which is of the published seed
