@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def forking():
 
 def run(line, shown, environment, cwd):
     """What a fork does: a script, with its output in two files."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, wherever the tests run
     for stream, path in enumerate(shown, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.clear()

@@ -102,7 +102,7 @@ def test_each_experiment(small, outputs, number):
 
     listed = script(*command, "--list")
     runs = len(list(csv.DictReader((outputs / "cifar" / f"experiment_{number}.csv").open())))
-    assert f"{runs} runs of 1 epochs: {runs} done, 0 to train" in listed.stdout
+    assert f"{runs} runs of 1 epoch: {runs} done, 0 to train" in listed.stdout
 
 
 def test_runs_of_another_experiment_count_once(small, outputs):

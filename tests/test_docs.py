@@ -11,6 +11,8 @@ import train_kmnist
 from wide.command_line import build_parser
 from wide.grids.alignment_experiments import scored
 
+pytestmark = pytest.mark.quick
+
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "outputs" / "README.md", ROOT / "results" / "README.md"]
 )

@@ -6,6 +6,8 @@ import sys
 import pytest
 from running import ROOT
 
+pytestmark = pytest.mark.quick
+
 PROGRAM = """
 import sys
 from wide.printing import lasting

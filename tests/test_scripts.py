@@ -26,6 +26,7 @@ def tiny(kmnist, outputs, *arguments):
     return [*options, "--data-dir", kmnist, "--outputs", outputs, *arguments]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("network", ["cnn", "mlp"])
 def test_train_kmnist_end_to_end(kmnist, tmp_path, network):
     arguments = tiny(kmnist, tmp_path, "--rules", *RULES, "--network", network)
@@ -113,9 +114,9 @@ def test_list_shows_states_and_trains_nothing(kmnist, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("rule", ["align_ada", "dfa"])
-def test_killed_and_started_again(kmnist, tmp_path, rule):
+def test_killed_and_started_again(kmnist, tmp_path):
     """SIGKILL in the middle, then the same command: the same metrics and parameters as without the kill."""
+    rule = "align_ada"
     options = ["--rules", rule, "--widths", 8, "--learning-rates", 1, "--epochs", 12, "--batch-size", 50]
     run = Run("kmnist", "cnn", rule, 8, 1.0, 99, 50)
     whole, killed = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "killed", run)
@@ -178,7 +179,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(kmnist, tmp_path):
 
 
 def test_diverged_runs_are_recorded_and_the_rest_go_on(tmp_path):
-    options = ["--widths", 64, "--epochs", 30, "--outputs", tmp_path, "--learning-rates", 10, 0.001]
+    options = ["--widths", 64, "--epochs", 2, "--outputs", tmp_path, "--learning-rates", 10, 0.001]
     done = script("train_add.py", 1, *options, "--rules", "backprop")
     assert done.returncode == 0, done.stderr
     assert "diverged at epoch" in done.stdout

@@ -21,7 +21,7 @@ TINY = ["--widths", 8, "--rules", "backprop", "--epochs", 1]
 SCRIPTS = sorted(path for stem in ("setup", "train", "alignment") for path in ROOT.glob(f"{stem}_*.py"))
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "QtAgg", "no such backend"])
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
 def test_the_backend_of_a_notebook(tmp_path, backend):
     """It is never loaded, and need not be installed."""
     done = fresh_script("train_add.py", 1, *TINY, "--outputs", tmp_path, variables={"MPLBACKEND": backend})
@@ -33,7 +33,7 @@ def test_the_backend_of_a_notebook(tmp_path, backend):
 
 
 def test_figures_leave_pyplot_alone():
-    program = "import sys, wide.figures; print('matplotlib.pyplot' in sys.modules)"
+    program = "import sys, wide.reports.figures; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n"
 

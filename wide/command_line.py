@@ -128,7 +128,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(**ABSENT)
-    first = "of the experiment; it comes before the options (default 1)"
+    first = "number of the experiment; put it before the options (default 1)"
     parser.add_argument("experiment", type=int, nargs="?", choices=sorted(experiments), metavar="NUMBER", help=first)
     _add_grid(parser, subject)
     _add_records(parser, subject)
@@ -141,10 +141,10 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add = parser.add_argument
     add("--outputs", type=Path, default=Path("outputs"), help="where results go (default %(default)s)")
     add("--list", action="store_true", help="print the runs and their state; train nothing")
-    evaluated = "measure finished runs anew, from what they kept, and say whether metrics.csv is met; train nothing"
+    evaluated = "measure finished runs again, from what they kept, and compare with metrics.csv; train nothing"
     add("--evaluate", action="store_true", help=evaluated)
     add("--report", action="store_true", help="make table and figure of what is there; train nothing")
-    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in minutes")
+    add("--quick", action="store_true", help="a small grid with few epochs, for a first look in a minute or two")
     return parser
 
 
@@ -155,7 +155,7 @@ def _add_grid(parser: argparse.ArgumentParser, subject: Subject) -> None:
         "widths": {"type": positive_int, "metavar": "N"},
         "learning_rates": {"type": positive_float, "metavar": "LR"},
         "seeds": {"type": seed, "metavar": "SEED"},
-        "data_limits": {"type": positive_int, "metavar": "IMAGES", "help": "training images used"},
+        "data_limits": {"type": positive_int, "metavar": "IMAGES", "help": "use so many training images"},
     }
     for axis in subject.axes:
         grid.add_argument(f"--{axis.replace('_', '-')}", nargs="+", **options[axis])
@@ -164,16 +164,22 @@ def _add_grid(parser: argparse.ArgumentParser, subject: Subject) -> None:
 def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add = parser.add_argument
     if not subject.metrics.use_best:  # the best epoch is known only if each is evaluated
-        every = "epochs, and after the last, validation and test images are evaluated (default: 1, as published)"
+        every = "evaluate on validation and test images after every N epochs and the last (default 1, as published)"
         add("--evaluate-every", type=positive_int, default=1, metavar="N", help=every)
     if not subject.scored:
         logged = "in each run that is trained, keep angles between the rule's gradients and backprop's in angles.csv"
         add("--log-alignment", action="store_true", help=logged)
         return
-    kept = "epochs whose parameters are kept (default: the first and the scored one); none if empty"
-    shuffled = "of the control (default %(default)s); others need kept parameters, or keep them"
+    kept = "keep the parameters of these epochs (default: the initial and the scored ones); without a value, none"
+    shuffled = "shuffle the control with this seed (default %(default)s); others need kept parameters, or keep them"
     files = "print the scores of a pair of networks from the files of three state_dicts; train nothing"
-    add("--score-epochs", nargs="+", type=positive_int, metavar="K", help="epochs to score (default: every one)")
+    add(
+        "--score-epochs",
+        nargs="+",
+        type=positive_int,
+        metavar="K",
+        help="score after these epochs (default: every one)",
+    )
     add("--keep-parameters", dest="keep", nargs="*", type=epoch_number, metavar="K", help=kept)
     add("--shuffle-seed", type=seed, default=PAPER_SEED, metavar="SEED", help=shuffled)
     add("--files", nargs=3, type=Path, metavar=("INITIAL", "TRAINED", "ALIGN"), help=files)
@@ -182,31 +188,50 @@ def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
 def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add = parser.add_argument
     add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
-    add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
-    decay = "of all rules, L2 (default: none, but what a rule has of its own: kolen_pollack 1e-4)"
+    add("--batch-size", type=positive_int, help=f"examples in a batch (default {subject.batch_size})")
+    decay = "decay all weights so (L2; default: none, except kolen_pollack 1e-4)"
     add("--weight-decay", type=non_negative, metavar="D", help=decay)
-    add("--network", choices=subject.networks, help=f"default {subject.networks[0]}; with --quick it may be another")
+    add(
+        "--network",
+        choices=subject.networks,
+        help=f"kind of network (default {subject.networks[0]}; --quick may choose another)",
+    )
     if subject.variants:
-        default = "default %(default)s (docs/differences.md)"
+        default = "with the published code's faults, or without (default %(default)s; docs/differences.md)"
         add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
-    add("--device", choices=DEVICES, default="auto", help="default: a GPU where there is one")
+    add("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU where there is one)")
     same = "use only algorithms that give the same numbers every time, on GPUs too; slower, and some have none"
     add("--deterministic", action="store_true", help=same)
-    add("--precision", choices=PRECISIONS, default="auto", help="default: tf32 on a GPU that has it, else fp32")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="how precisely (default: tf32 on a GPU that has it, else fp32)",
+    )
     add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
 
 
 def _add_placing(parser: argparse.ArgumentParser) -> None:
     """Of runs, side by side."""
     add = parser.add_argument
-    add("--parallel", action="store_true", help="runs side by side, on all cores or GPUs (docs/parallel.md)")
-    add("--runs-per-gpu", type=positive_int, metavar="N", help="with --parallel (default 1)")
-    add("--threads-per-run", type=positive_int, metavar="N", help="with --parallel, of a processor (default 1)")
+    add("--parallel", action="store_true", help="train runs side by side, on all cores or GPUs (docs/parallel.md)")
+    add(
+        "--runs-per-gpu",
+        type=positive_int,
+        metavar="N",
+        help="with --parallel, train so many at once on each GPU (default 1)",
+    )
+    add(
+        "--threads-per-run",
+        type=positive_int,
+        metavar="N",
+        help="with --parallel, give each so many threads (default 1)",
+    )
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     """How a step is made up, where several processes may train one run."""
-    share = "of --batch-size images each, normalised by itself, shared out among processes (default: one per process)"
+    share = "make a step of N batches of --batch-size, each normalised by itself (default: one per process)"
     whole = "normalise the batches of all processes as one; N processes equal one with N times --batch-size"
     parser.add_argument("--batches-per-step", type=positive_int, metavar="N", help=share)
     parser.add_argument("--sync-normalisation", action="store_true", help=whole)
@@ -214,9 +239,9 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     """Of images from files."""
-    loaders = "that load images, per process (default: one per core)"
+    loaders = "load images with so many processes (default: one per core)"
     parser.add_argument("--workers", type=epoch_number, metavar="N", help=loaders)
-    profile = "train nothing; images per second of the grid's first run"
+    profile = "measure images per second of the grid's first run; train nothing"
     parser.add_argument("--profile", action="store_true", help=profile)
 
 

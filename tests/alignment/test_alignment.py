@@ -12,7 +12,7 @@ from running import script
 
 from wide.alignment.pairs import PairParameters, layer_scores
 from wide.alignment.parameters import load as load_parameters
-from wide.alignment.scores import exact_score
+from wide.alignment.scores import exact_score, shuffled
 from wide.models.networks import ConvolutionalNetwork, RecurrentNetwork, draw
 from wide.models.pair import Pair
 from wide.reports.alignment_report import read_scores
@@ -50,10 +50,13 @@ def test_scores_are_those_of_the_changes():
             parameter.data += torch.randn_like(parameter)
     metrics = AlignmentScores((8, 8))(pair, 1)
     assert list(metrics) == ["score_1", "control_1", "score_2", "control_2"]
+    mixed = shuffled([block.layer.weight for block in pair.network.blocks], seed=99)  # the published one
     for number, size in ((1, (8, 8)), (2, (8, 8))):
         initial, normal, align = (m.blocks[number - 1].layer for m in (pair.initial, pair.network, pair.align))
-        changes = [(layer.weight - initial.weight).detach() for layer in (normal, align)]
-        assert metrics[f"score_{number}"] == exact_score(initial, *changes, size).value
+        of_a = (align.weight - initial.weight).detach()
+        for kind, weight in (("score", normal.weight), ("control", mixed[number - 1])):
+            change = (weight - initial.weight).detach()
+            assert metrics[f"{kind}_{number}"] == exact_score(initial, change, of_a, size).value
     assert AlignmentScores((8, 8), epochs=[2])(pair, 1) == dict.fromkeys(metrics)
 
 
@@ -91,7 +94,7 @@ def test_alignment_kmnist_end_to_end(kmnist, tmp_path):
     first = script("alignment_kmnist.py", 2, *options, "--widths", 4, 8, "--epochs", 2)
     assert first.returncode == 0, first.stderr
     assert "2 of 2 runs to train" in first.stdout  # what part 2 needs is trained first
-    assert "GB of disk" in first.stdout
+    assert "MB of disk" in first.stdout
     assert "| layer | width 4 | width 8 |" in first.stdout
 
     third = script("alignment_kmnist.py", 3, *options, "--widths", 8, "--epochs", 3)
@@ -225,7 +228,7 @@ def test_what_another_shuffle_needs_is_kept_by_what_is_trained_for_it(tmp_path):
     options = ["--widths", 8, "--epochs", 2, "--outputs", tmp_path, "--shuffle-seed", 5]
     done = script("alignment_add.py", 2, *options, "--keep-parameters")
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 runs to train" in done.stdout
+    assert "1 of 1 run to train" in done.stdout
     assert {path.name for path in tmp_path.rglob("epoch_*.pt")} == {"epoch_0.pt", "epoch_2.pt"}
     (row,) = RunFolder(tmp_path, PAIR).rows()[1:]
     assert float(scores_in(tmp_path, 2)[0]["control"]) != row["control_1"]  # which is of the published seed

@@ -14,6 +14,8 @@ from torch.func import functional_call
 from wide.alignment import scores
 from wide.models import networks
 
+pytestmark = pytest.mark.quick
+
 GOLDEN = ROOT / "tests" / "golden"
 DOUBLE = {"dtype": torch.float64}
 

@@ -134,7 +134,7 @@ def test_a_number_changed_in_the_checkpoint_too_is_not_met(kmnist, outputs):
     done = evaluated(kmnist, outputs)
     assert done.returncode == 1
     assert done.stdout.count("NOT met") == 1
-    assert "metrics.csv is not met in test_accuracy" in done.stderr
+    assert "it differs from metrics.csv in test_accuracy" in done.stderr
     assert done.stderr.count("failed") == 1
 
 

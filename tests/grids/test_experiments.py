@@ -13,6 +13,8 @@ from wide.grids.pace import Pace, counted, duration
 from wide.grids.study import Machine, Study
 from wide.runs.run import Run
 
+pytestmark = pytest.mark.quick
+
 
 def planned(*words):
     arguments = parse(build_parser("", SUBJECT, EXPERIMENTS), EXPERIMENTS, words)

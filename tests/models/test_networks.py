@@ -9,6 +9,8 @@ from wide.runs.run import Run
 from wide.training.loop import Training
 from wide.training.tasks import AddTask
 
+pytestmark = pytest.mark.quick
+
 TIME, BATCH, WIDTH = 7, 5, 6
 
 

@@ -188,7 +188,7 @@ def rows(path):
     return without_seconds(folder)
 
 
-@pytest.mark.parametrize("path", [*(ROOT / "wide").glob("*.py"), *ROOT.glob("*.py")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*(ROOT / "wide").rglob("*.py"), *ROOT.glob("*.py")], ids=lambda path: path.name)
 def test_files_of_text_are_utf_8_on_every_system(path):
     """Not what a system's language has: each call that reads or writes text says so."""
     source = path.read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ from wide.runs.run import Run
 from wide.training.session import train
 from wide.training.tasks import AddTask
 
+pytestmark = pytest.mark.quick
+
 RUN = Run("add", "rnn", "fa", 4, 0.001, 99, 50, variant="published")
 
 # How a system is without the locks of this one.

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +127,7 @@ class Slow(Recorder):
     """Takes its time, and columns and a file of its own."""
 
     told = ()  # in order
+    now = 0.0  # seconds, on a clock that nothing else moves
 
     def start(self, training, folder):
         self.told += ("start",)
@@ -134,11 +135,11 @@ class Slow(Recorder):
     def gradients(self, training, inputs, targets):
         assert any(parameter.grad is not None for parameter in training.rule.parameters())
         self.told += ("gradients",)
-        time.sleep(1)
+        self.now += 1
 
     def columns(self, training):
         self.told += ("columns",)
-        time.sleep(1)
+        self.now += 1
         return {"double": 2 * training.epoch}
 
     def epoch(self, training, folder):
@@ -146,12 +147,13 @@ class Slow(Recorder):
         append_rows(folder.path / "slow.csv", [{"epoch": training.epoch, "what": "ever"}])
 
 
-def test_recorders_are_told_in_order_and_cost_no_seconds(task, tmp_path):
+def test_recorders_are_told_in_order_and_cost_no_seconds(task, tmp_path, monkeypatch):
     folder, slow = RunFolder(tmp_path, RUN), Slow()
+    monkeypatch.setattr("wide.training.loop.time", SimpleNamespace(perf_counter=lambda: slow.now))
     train(task, folder, 2, [slow])
     assert slow.told == ("start", *("gradients", "columns", "epoch 1"), *("gradients", "columns", "epoch 2"))
     assert [row["double"] for row in folder.rows()] == [2, 4]
-    assert all(row["seconds"] < 1 for row in folder.rows())
+    assert [row["seconds"] for row in folder.rows()] == [0, 0]
     folder.keep(1)  # rows of a recorder go with those of the metrics
     assert (folder.path / "slow.csv").read_text() == "epoch,what\n1,ever\n"
 
@@ -312,6 +314,16 @@ def test_saving_takes_a_small_share_of_the_time():
     assert thrift.due()
     thrift.cost, thrift.last = 1e6, 0.0
     assert not thrift.due()
+
+
+@pytest.mark.parametrize(("learning_rate", "last"), [(0.001, 3), (10.0, 1)])
+def test_the_last_epoch_has_its_checkpoint(task, tmp_path, monkeypatch, learning_rate, last):
+    """However dear saving is: the last that is asked for, and the one in which a run diverges."""
+    monkeypatch.setattr(Thrift, "due", lambda thrift: False)
+    folder = RunFolder(tmp_path, dataclasses.replace(RUN, rule="backprop", width=64, learning_rate=learning_rate))
+    train(task, folder, 3)
+    assert len(folder.rows()) == last
+    assert folder.load(torch.device("cpu"))["epoch"] == last
 
 
 def test_metrics_are_written_at_full_precision(task, tmp_path):

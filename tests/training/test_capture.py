@@ -8,6 +8,8 @@ from wide.training.capture import WARM_UP, Captured
 from wide.training.loop import Training
 from wide.training.tasks import AddTask
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 
 

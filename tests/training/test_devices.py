@@ -133,16 +133,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 def test_a_warm_up_that_lacks_memory():
-    with pytest.raises(UserError, match="width 1000000000"):
-        warm_up(AddTask("published", torch.device("cpu")), Run(**{**vars(RUN), "width": 10**9}))
+    with pytest.raises(UserError, match="width 10000000"):
+        warm_up(AddTask("published", torch.device("cpu")), Run(**{**vars(RUN), "width": 10**7}))
 
 
 def test_a_run_that_lacks_memory_fails_and_the_others_go_on(tmp_path):
-    options = ["--widths", 10**9, 8, "--rules", "backprop", "--epochs", 1, "--outputs", tmp_path, "--deterministic"]
+    options = ["--widths", 10**7, 8, "--rules", "backprop", "--epochs", 1, "--outputs", tmp_path, "--deterministic"]
     done = script("train_add.py", 1, *options)
     assert done.returncode == 1
     assert "| Backprop | 28.2 / 28.2 | failed at epoch 0 |" in done.stdout
-    assert done.stderr.count("out of memory on cpu: rule backprop at width 1000000000 with batches of 50") == 1
+    assert done.stderr.count("out of memory on cpu: rule backprop at width 10000000 with batches of 50") == 1
     # The session says that its algorithms were deterministic.
     (config,) = tmp_path.glob("add/*width8-*/config.json")
     assert json.loads(config.read_text())["sessions"][0]["deterministic"] is True

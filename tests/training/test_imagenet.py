@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from running import command, script
 
-import align_rules
+import train_imagenet
+from align_rules import DirectFeedbackAlignment
 from train_imagenet import EXPERIMENTS, STRIDES
 from wide import UserError
+from wide.command_line import main
 from wide.data.image_folders import UNREADABLE, Images, read_image
 from wide.data.shapes import COLOURS, FORMS, IMAGES, draw_shape, shapes
 from wide.runs.run import Run
+from wide.training import throughput
 from wide.training.folder_task import FolderTask
 from wide.training.loop import Training
 
@@ -251,7 +254,7 @@ def test_top_5_accuracy(folders):
 
 def test_direct_feedback_reaches_pooled_activities(folders):
     rule = FolderTask(folders, STRIDES, CPU, 0).rule(Run("imagenet", "cnn", "dfa", 50, 1.0, 99, 10))
-    assert isinstance(rule, align_rules.DirectFeedbackAlignment)
+    assert isinstance(rule, DirectFeedbackAlignment)
     feedback = list(rule.feedback)
     assert [tuple(B.shape) for B in feedback] == [(2, 50)] * 7  # (classes, channels)
     assert torch.cat(feedback).std().item() == pytest.approx(50**-0.5, rel=0.1)
@@ -317,13 +320,14 @@ def test_shapes_are_drawn_once(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the script
 
 
-def test_every_rule_learns_through_the_script(folders, tmp_path):
-    arguments = options(folders, tmp_path, "--widths", 16, "--epochs", 8, "--rules", *align_rules.RULES)
+def test_it_learns_through_the_script(folders, tmp_path):
+    rules = ("backprop", "align_ada")
+    arguments = options(folders, tmp_path, "--widths", 16, "--epochs", 6, "--rules", *rules)
     done = script("train_imagenet.py", 1, *arguments)
     assert done.returncode == 0, done.stderr
     assert "# ImageNet: accuracy, top-1 and top-5" in done.stdout
     assert (tmp_path / "imagenet" / "experiment_1.png").stat().st_size > 5000
-    for rule in align_rules.RULES:
+    for rule in rules:
         first, *_, last = rows(tmp_path, rule)
         assert list(first) == [
             "epoch", "train_loss", "train_accuracy", "train_top_5_accuracy",
@@ -331,7 +335,6 @@ def test_every_rule_learns_through_the_script(folders, tmp_path):
         ]  # fmt: skip
         assert float(last["train_loss"]) < 0.9 * float(first["train_loss"]), rule
         assert float(last["validation_top_5_accuracy"]) == 1  # there are two classes
-    for rule in ("backprop", "align_prop", "align_ada", "align_zero"):
         assert max(float(row["validation_accuracy"]) for row in rows(tmp_path, rule)) > 0.75, rule
 
 
@@ -357,20 +360,18 @@ def test_alignment_is_scored_in_two_processes_as_in_one(folders, tmp_path):
         assert float(two[f"score_{k}"]) == pytest.approx(float(one[f"score_{k}"]), rel=1e-6)
 
 
-def test_quick_needs_no_imagenet(tmp_path):
-    arguments = ["--epochs", 1, "--rules", "last_layer", "--data-dir", tmp_path / "data", "--outputs", tmp_path]
-    done = script("train_imagenet.py", 1, "--quick", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "Coloured shapes (not ImageNet)" in done.stdout
+def test_quick_needs_no_imagenet(tmp_path, monkeypatch, capsys):
+    for part, images in (("train", 4), ("val", 4)):
+        monkeypatch.setitem(IMAGES, part, images)
+    arguments = ["1", "--quick", "--epochs", "1", "--rules", "last_layer", "--workers", "0"]
+    arguments += ["--data-dir", str(tmp_path / "data"), "--outputs", str(tmp_path)]
+    assert main(train_imagenet.__doc__, train_imagenet.SUBJECT, EXPERIMENTS, arguments) == 0
+    assert "Coloured shapes (not ImageNet)" in capsys.readouterr().out
     assert list(tmp_path.glob("shapes/cnn-last_layer-*/metrics.csv"))
     assert not (tmp_path / "imagenet").exists()
 
 
 def test_profile_prints_images_per_second_and_trains_nothing(folders, tmp_path, monkeypatch, capsys):
-    import train_imagenet
-    from wide.command_line import main
-    from wide.training import throughput
-
     monkeypatch.setattr(throughput, "SECONDS", 0.2)
     arguments = [str(word) for word in ["1", *options(folders, tmp_path / "outputs", "--profile")]]
     assert main(train_imagenet.__doc__, train_imagenet.SUBJECT, EXPERIMENTS, arguments) == 0
@@ -384,15 +385,17 @@ def test_profile_prints_images_per_second_and_trains_nothing(folders, tmp_path, 
 
 # -------------------------------------------------------------------------------------------------- several processes
 
-EVERY_RULE = ["--rules", *align_rules.RULES, "--precision", "fp64"]
+# Feedback for layers, for blocks, from an initial network, that learns, and from noise.
+KINDS = ("backprop", "dfa", "align_ada", "kolen_pollack", "weight_mirror")
+EVERY_KIND = ["--rules", *KINDS, "--precision", "fp64"]
 SOME_RULES = ["--rules", "backprop", "fa", "align_ada", "--precision", "fp64"]
 
 
 @pytest.fixture(scope="module")
 def one_process(folders, tmp_path_factory):
-    """Outputs of two epochs of every rule, in one process with batches of 10."""
+    """Outputs of two epochs, in one process with batches of 10."""
     outputs = tmp_path_factory.mktemp("one")
-    done = script("train_imagenet.py", 1, *options(folders, outputs, *EVERY_RULE, "--epochs", 2))
+    done = script("train_imagenet.py", 1, *options(folders, outputs, *EVERY_KIND, "--epochs", 2))
     assert done.returncode == 0, done.stderr
     return outputs
 
@@ -411,10 +414,10 @@ def assert_same_training(outputs, expected, rules):
 
 
 def test_two_processes_equal_one_with_the_double_batch(folders, one_process, tmp_path):
-    arguments = options(folders, tmp_path, *EVERY_RULE, "--epochs", 2, "--batch-size", 5, "--sync-normalisation")
+    arguments = options(folders, tmp_path, *EVERY_KIND, "--epochs", 2, "--batch-size", 5, "--sync-normalisation")
     done = script("train_imagenet.py", 1, *arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path, one_process, align_rules.RULES)
+    assert_same_training(tmp_path, one_process, KINDS)
     assert done.stdout.count("# ImageNet") == 1  # only the first process speaks
 
 

@@ -100,7 +100,7 @@ def _evaluate_one(study: Study, task: Task, folder: RunFolder) -> str | None:
         tqdm.write(f"| {folder.run.name} | {epoch} | {c.metric} | {numbers} | {verdict or c.text} |")
     missed = [c.metric for c in comparisons if not c.met]
     if same and missed:
-        return f"measured anew at epoch {epoch}, metrics.csv is not met in {', '.join(missed)}"
+        return f"measured again at epoch {epoch}, it differs from metrics.csv in {', '.join(missed)}"
     return None
 
 

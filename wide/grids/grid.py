@@ -1,5 +1,6 @@
 """Carrying out a study: what is missing of its grid, and training it."""
 
+import contextlib
 import math
 import shutil
 import tempfile
@@ -111,7 +112,7 @@ def train_missing(study: Study) -> Failures:
     each = f"{counted(study.epochs, 'epoch')}{' each' * (len(missing) > 1)}"
     count = f"{len(missing)} of {counted(len(study.folders), 'run')} to train, {each}"
     print(f"{study.shown.title}: {count}", flush=True)
-    pace = Pace(len(task.splits["train"]), study.epochs, {f.run.width: task.products(f.run) for f in missing})
+    pace = Pace(len(task.splits["train"]), study.epochs, products(task, missing))
     if study.options.parallel:
         del task  # the workers have their own
         failures = train_side_by_side(study, missing, pace)
@@ -145,6 +146,15 @@ def require_trainable(study: Study, task: Task, missing: list[RunFolder]) -> Non
         folder.check(task.fingerprint)
     with writing(study.outputs):
         tempfile.TemporaryFile(dir=study.outputs).close()
+
+
+def products(task: Task, missing: list[RunFolder]) -> dict[int, int]:
+    """Of a forward pass, by width; not for widths that are too large to make, as the run itself will say."""
+    found = {}
+    for folder in missing:
+        with contextlib.suppress(RuntimeError):
+            found[folder.run.width] = task.products(folder.run)
+    return found
 
 
 def require_space(study: Study, task: Task, missing: list[RunFolder]) -> None:

@@ -78,7 +78,7 @@ class Pace:
 
     def _pass_seconds(self, width: int, seen: Mapping[int, float]) -> float:
         """Of one pass at a width, from those at the widths that are seen."""
-        products = self.products[width]
+        products = self.products.get(width, 0.0)
         if not seen:
             return products
         if width in seen:

@@ -43,7 +43,7 @@ def not_written(folder: Path, error: OSError) -> str:
     # What stands in the way: replacing a file has its name second.
     named = [Path(name) for name in (error.filename2, error.filename) if isinstance(name, str | os.PathLike)]
     path = named[0] if named and folder in named[0].parents else folder
-    return f"{path} cannot be written ({error.strerror or error}); mend that, or choose another --outputs"
+    return f"{path} cannot be written ({error.strerror or error}); change that, or choose another --outputs"
 
 
 def mount_of(path: Path) -> Path:
