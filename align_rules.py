@@ -13,7 +13,7 @@ parameters alone, its *weight*. Everything else a network is made of (biases, no
 pooling, additions, products of activities, look-up) is differentiated as it stands. Backprop sends the error delta that
 arrives at a layer's output on to its input through the transpose of its current weight; a rule sends something else
 there. That, and which activity the weight's gradient is formed with, is all that distinguishes the rules. With e the
-gradient of the loss at the output of the network, W the current weight, W0 the initial one, B a random one, a the layer's
+gradient of the loss at the network's output, W the current weight, W0 the initial one, B a random one, a the layer's
 input, and an index 0 for what the same network computes and sends back with all of its initial parameters (section 4):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
@@ -31,11 +31,11 @@ input, and an index 0 for what the same network computes and sends back with all
 In every rule e is computed at the current network's output, and the layers above the last learn by their own gradient.
 
 Weights. B, M and W0 stand in for parameters and go through all that the network makes of these before they meet an
-activity: scaling, masks, casts, W + A C of an adapter (B for all three), the slices of packed attention and of LSTM, GRU
+activity: scaling, masks, casts, W + A C of an adapter (B for all three), slices of packed attention and of LSTM, GRU
 and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a gain, for itself; in spectral norm B is
 divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
-complex B, and errors go back through the conjugate transpose. nn.Bilinear is a layer whose activity is the outer product
-of its inputs. A product of two weights is no layer, nor is one of two activities (attention scores).
+complex B, and errors go back through the conjugate transpose. nn.Bilinear's activity is the outer product of its
+inputs. A product of two weights is no layer, nor is one of two activities (attention scores).
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives, to its bias and normalisation, and becomes the layer's delta.
@@ -97,9 +97,9 @@ import torch._dynamo
 import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
@@ -130,7 +130,7 @@ class _Couple(Function):
 
 
 def couple(value: Tensor, path: Tensor) -> Tensor:
-    """`value + path - sg(path)`, two tensors of one shape: the value of `value`, bit for bit; its gradient goes to both."""
+    """`value + path - sg(path)`, of one shape: the value of `value`, bit for bit; its gradient goes to both."""
     return _Couple.apply(value, path) if isinstance(path, Tensor) and path.requires_grad else value
 
 
@@ -187,7 +187,9 @@ class _Direct(Function):
     def backward(ctx, e: Tensor):
         _require_once()
         if ctx.asked:
-            raise RuntimeError("inputs get no error in direct feedback, and one has requires_grad; hand it over as data")
+            raise RuntimeError(
+                "inputs get no error in direct feedback, and one has requires_grad; hand it over as data"
+            )
         return e, None, None, *ctx.send(e), *[None] * ctx.count
 
 
@@ -590,7 +592,8 @@ class WeightMirror(FeedbackAlignment):
         with torch.enable_grad(), _undisturbed(self.network, (inputs, keywords)):
             _Call(meeting, inputs, keywords).result()
         sums = [
-            torch.autograd.grad(total, list(ones.values()), retain_graph=True, allow_unused=True) for total in meeting.totals
+            torch.autograd.grad(total, list(ones.values()), retain_graph=True, allow_unused=True)
+            for total in meeting.totals
         ]
         with torch.no_grad():
             for B, product, positions in zip(self.feedback, *sums, strict=True):
@@ -691,8 +694,13 @@ class DirectFeedbackAlignment(Rule):
             inside.discard(node)
 
         for node in graph.nodes:
-            if (layer := graph.layers.get(node)) and layer.activity in inside:
-                end(layer.activity)
+            layer = graph.layers.get(node)
+            place = layer.activity if layer else node
+            while place in inside and _rearranges(place) and self._folded(place, graph):
+                inside.discard(place)  # (batch x positions, ...), as products have it
+                place = place.all_input_nodes[0]
+            if layer and place in inside:
+                end(place)
             cut = {layer.position: draft.call(sg, now[layer.activity])} if layer else {}
             now[node] = draft.again(node, now, cut)
             if layer or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
@@ -731,6 +739,11 @@ class DirectFeedbackAlignment(Rule):
         outputs[k] = direct(output, send, ends, inputs)
         return outputs
 
+    def _folded(self, place: fx.Node, graph: "Graph") -> bool:
+        """Whether the first dimension there is not the batch."""
+        examples = [f.meta["val"].shape[self.batch_dim or 0] for f in graph.results if f.meta["val"].dim()]
+        return bool(examples) and place.meta["val"].shape[:1] != (examples[0],)
+
     def _by_example(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> torch.Size:
         """The output's shape, its batch first."""
         if any(t.is_complex() for t in (output, *ends)):
@@ -761,9 +774,13 @@ class DirectFeedbackAlignment(Rule):
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         if not self.given:  # drawn at the first call: there, or not yet, as in the state
-            stored = {k: B for k in map(str, range(len(state_dict))) if (B := state_dict.get(f"{prefix}feedback.{k}")) is not None}
-            device = next((p.device for p in self.network.parameters()), None)
-            self.feedback = _Tensors({k: torch.empty_like(B, device=device) for k, B in stored.items()})
+            stored = {
+                k: B
+                for k in map(str, range(len(state_dict)))
+                if (B := state_dict.get(f"{prefix}feedback.{k}")) is not None
+            }
+            like = next(self.network.parameters())
+            self.feedback = _Tensors({k: like.new_empty(B.shape, requires_grad=False) for k, B in stored.items()})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -1010,9 +1027,7 @@ def verify(
     return {name: shares[name] for name in learning}
 
 
-def gradient_angles(
-    rule: Rule, loss_function: Callable[[Any], Tensor], *inputs, **keywords
-) -> dict[str, float | None]:
+def gradient_angles(rule: Rule, loss_function: Callable[[Any], Tensor], *inputs, **keywords) -> dict[str, float | None]:
     """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
 
     To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
@@ -1061,7 +1076,9 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights of torch.nn.Linear, Conv1d, 2d, 3d and their subclasses, by name, in order of registration; a shared
     one once. (Which other weights a network's layers have, only a call shows: `Rule.explain`.)"""
     modules = [(name, m._parameters.get("weight")) for name, m in network.named_modules() if isinstance(m, LAYERS)]
-    once = {id(weight): (f"{name}.weight".lstrip("."), weight) for name, weight in reversed(modules) if weight is not None}
+    once = {
+        id(weight): (f"{name}.weight".lstrip("."), weight) for name, weight in reversed(modules) if weight is not None
+    }
     return dict(reversed(once.values()))
 
 
@@ -1075,22 +1092,36 @@ def _explained(rule: Rule, inputs, keywords, code: bool) -> str:
     for k in graph.layers.values():
         rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", rule.enters(graph, k)))
     first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
-    others = [n for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers and n.op == "call_function"]
+    others = [
+        n for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers and n.op == "call_function"
+    ]
     learns = rule.learns if isinstance(rule, LastLayer) else dict(rule.network.named_parameters())
     told = {
-        "differentiated as they stand": [f"{name} {n}" for name, n in collections.Counter(map(_operator, others)).items()],
+        "differentiated as they stand": [
+            f"{name} {n}" for name, n in collections.Counter(map(_operator, others)).items()
+        ],
         "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
         "do not learn": [n for n, p in rule.network.named_parameters() if n not in learns or not p.requires_grad],
     }
     return "\n".join(
         [f"{type(rule).__name__} on {type(rule.network).__name__}: errors go back through {rule.back}", ""]
         + [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
-        + [line for title, parts in told.items() if parts for line in ("", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99))]
+        + [
+            line
+            for title, parts in told.items()
+            if parts
+            for line in ("", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99))
+        ]
         + ([program.code] if code and program else [])
     )
 
 
 # -------------------------------------------------------------------------------------------------- the graph: reading
+
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
 
 FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
 
@@ -1103,27 +1134,27 @@ PRODUCTS = {
 VECTORS = {aten.mv.default, aten.addmv.default}
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # By the names of ATen's operators:
-ACTIVATIONS = set(
+ACTIVATIONS = _names(
     "relu leaky_relu elu gelu silu mish softplus hardtanh hardswish hardsigmoid log_sigmoid_forward threshold sigmoid "
-    "tanh".split()
+    "tanh"
 )
 # What rearranges, copies or pads entries, beside views.
-REARRANGING = set(
+REARRANGING = _names(
     "clone _to_copy constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d index index_select gather flip roll repeat pixel_shuffle pixel_unshuffle "
-    "channel_shuffle im2col stack cat reshape lift_fresh_copy getitem".split()
+    "channel_shuffle im2col stack cat reshape lift_fresh_copy getitem"
 )
 # How a learned tensor may meet activities beside products and entry by entry: it is looked up, put beside them or
 # written into them; it is the gain or bias of a normalisation or of gates.
-MEETING = REARRANGING | set(
+MEETING = REARRANGING | _names(
     "embedding _embedding_bag take index_put slice_scatter select_scatter scatter index_copy index_add scatter_add "
     "masked_scatter native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
     "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
-    "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex copied".split()
+    "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex copied"
 )
 # What is made of the shape of its argument alone.
-SHAPED = set("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size".split())
+SHAPED = _names("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
 # Buffers of which the initial network has its own: of normalisation, and the vectors of spectral norm.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v")
 
@@ -1140,7 +1171,6 @@ class Layer(NamedTuple):
     activity = property(lambda self: self.node.args[self.position])
     weight = property(lambda self: self.node.args[self.weight_position])
     side = property(lambda self: int(self.position > self.weight_position))
-
 
 
 class Graph:
@@ -1202,7 +1232,12 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        for node in self.nodes:
+        differentiated, more = set(), [*self.results]
+        while more:
+            if (node := more.pop()) not in differentiated and _flows(node) and node.target is not torch.detach:
+                differentiated.add(node)
+                more += node.all_input_nodes
+        for node in (node for node in self.nodes if node in differentiated):
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
             known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
@@ -1277,8 +1312,7 @@ class Draft:
 
     Attributes:
         places: the values of the call's inputs, by the places of its graph.
-        written: what is written back in the end, as pairs of an input's number or the name of one of the rule's tensors,
-            and a value.
+        written: what is written back in the end: an input's number, or the name of one of the rule's tensors, and a value.
         extras: values that `Rule.finish` gets beside the outputs.
     """
 
@@ -1394,8 +1428,8 @@ def _require_no_draw_inside(node: fx.Node) -> None:
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         if given.get("dropout_p") or given.get("training"):
             raise TypeError(
-                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a rule that computes the network "
-                "twice cannot repeat; set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a rule that computes the "
+                "network twice cannot repeat; set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
 
 
@@ -1478,7 +1512,9 @@ class _Capture:
         names, parameters = _named(rule, arguments)
         key = type(rule), rule.settings(), names
         if (program := self.programs.get(key)) is None:
-            program = self.programs[key] = _program(rule, Graph(self.root.graph, names, parameters, rule.activities), self.root)
+            program = self.programs[key] = _program(
+                rule, Graph(self.root.graph, names, parameters, rule.activities), self.root
+            )
         tensors, arguments = rule.tensors(), list(arguments)
         with _autocast_off(arguments):
             outputs, written, extras = program.forward(*arguments, *(tensors[name] for name in program.own))
@@ -1642,12 +1678,14 @@ def _write(written: Iterable, arguments: list, tensors: Mapping[str, Any]) -> No
     for target, value in written:
         tensor = tensors[target] if isinstance(target, str) else arguments[target]
         if tensor.requires_grad:
-            raise TypeError(f"the network writes into an input {tuple(tensor.shape)} that has a gradient; let it write a copy")
+            raise TypeError(
+                f"the network writes into an input {tuple(tensor.shape)} that has a gradient; let it write a copy"
+            )
         tensor.copy_(value)
 
 
 class _Call:
-    """A call of a rule: written down once for its kind, or recorded as it runs. `read`: its graph, and the rule's code."""
+    """A call of a rule: written down once for its kind, or recorded as it runs. `read`: its graph, the rule's code."""
 
     def __init__(self, rule: Rule, inputs: tuple, keywords: dict, proving: bool = False):
         self.rule, self.inputs, self.keywords, self.proving = rule, inputs, keywords, proving
@@ -1657,7 +1695,9 @@ class _Call:
         rule, network = self.rule, self.rule.network
         with _LOCK:
             _require_same_network(rule)
-            hooks = [hook for m in network.modules() for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held]
+            hooks = [
+                hook for m in network.modules() for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held
+            ]
             self.hooks = tuple(hooks)  # a graph is checked anew with others, which may change gradients
             drawn, reason = random.getstate(), None  # from which Dynamo may draw before it runs the graph
             while not hasattr(rule, "recorded") and reason is None:
@@ -1678,8 +1718,8 @@ class _Call:
                 if lasts:
                     rule.recorded = {self.hooks}
                 warnings.warn(
-                    f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch cannot "
-                    f"write it down: {reason}",
+                    f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch "
+                    f"cannot write it down: {reason}",
                     stacklevel=_depth(),
                 )
             return result
@@ -1733,7 +1773,9 @@ class _Call:
                     watched += outside
                 outputs, stream = _tensors(output), torch.Generator("cpu").manual_seed(0)
                 learning = [f for f in outputs if f.requires_grad]
-                signs = [torch.randn(f.shape, generator=stream, dtype=f.dtype, device="cpu").to(f.device) for f in learning]
+                signs = [
+                    torch.randn(f.shape, generator=stream, dtype=f.dtype, device="cpu").to(f.device) for f in learning
+                ]
                 total = sum((f * sign).sum().abs() for f, sign in zip(learning, signs, strict=True))
                 try:
                     found.append((outputs, _gradients(total, watched)))
@@ -1742,7 +1784,9 @@ class _Call:
         (outputs, gradients), (own, own_gradients) = found
         name = type(network).__name__
         if len(own) != len(outputs):
-            raise TypeError(f"{name} returns {type(output).__name__}, in which tensors cannot be found; return a tuple or dict")
+            raise TypeError(
+                f"{name} returns {type(output).__name__}, in which tensors cannot be found; return a tuple or dict"
+            )
         names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
         told = [f"output {k}" for k in range(len(outputs))]
         told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
@@ -1755,7 +1799,11 @@ class _Call:
 @contextlib.contextmanager
 def _without_backward_hooks(network: nn.Module):
     """A rule has no gradients to show them."""
-    held = [(m, m._backward_hooks, m._backward_pre_hooks) for m in network.modules() if m._backward_hooks or m._backward_pre_hooks]
+    held = [
+        (m, m._backward_hooks, m._backward_pre_hooks)
+        for m in network.modules()
+        if m._backward_hooks or m._backward_pre_hooks
+    ]
     for module, *_ in held:
         module._backward_hooks, module._backward_pre_hooks = collections.OrderedDict(), collections.OrderedDict()
     try:
@@ -1769,7 +1817,9 @@ def _reason(error: BaseException) -> str:
     """What went wrong, in a line, and at which line of the network."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
-    places = [_place(line) for line in text if line.startswith("File ") and "/torch/" not in line and __file__ not in line]
+    places = [
+        _place(line) for line in text if line.startswith("File ") and "/torch/" not in line and __file__ not in line
+    ]
     return ": ".join([text[0], *told[:1]]) + "".join(f" (at {place})" for place in places[-1:])
 
 
@@ -1819,7 +1869,9 @@ class _Record(TorchDispatchMode):
         with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), _Spelling(), self:
             results = _functionalised(lambda *tensors: run(list(tensors)), *stand_ins)
         if any(isinstance(node, BackwardCFunction) for node in _nodes_behind(self.traced)):
-            raise TypeError(f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}")
+            raise TypeError(
+                f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}"
+            )
         self.graph.output([self.node_of(t) for t in results])
         for node in self.graph.nodes:
             _respell(node)
@@ -1906,8 +1958,8 @@ class _Tensors(nn.Module):
 
 
 def _stood_in_for(network: nn.Module, activities: Names, given: Named) -> tuple[str, ...]:
-    """The parameters that feedback stands in for: weights of torch.nn's layers, in order; then all others of two or more
-    dimensions but gains of weight norm, and those for which it is given.
+    """The parameters that feedback stands in for: weights of torch.nn's layers, in order; then all others of two
+    dimensions or more but gains of weight norm, and those for which it is given.
 
     Raises:
         ValueError: what is given does not fit.
@@ -1952,7 +2004,9 @@ def _mapped(function: Callable[[Any], Any], values: Any, kind: type = Tensor) ->
             return function(value)
         if isinstance(value, collections.abc.Iterator):
             raise TypeError(f"an input is a {type(value).__name__}, which can be read only once: hand over a list")
-        if isinstance(value, collections.UserDict) or (hasattr(value, "__dataclass_fields__") and not isinstance(value, type)):
+        if isinstance(value, collections.UserDict) or (
+            hasattr(value, "__dataclass_fields__") and not isinstance(value, type)
+        ):
             twin = copy.copy(value)
             for name, part in vars(value).items():
                 object.__setattr__(twin, name, _mapped(function, part, kind))
@@ -1990,7 +2044,9 @@ def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
 
 def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
     """Of what is computed in two ways, as a share of its largest entry."""
-    return {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: single, torch.complex64: single}.get(dtype, below)
+    return {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: single, torch.complex64: single}.get(
+        dtype, below
+    )
 
 
 def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[float]:
@@ -2018,7 +2074,9 @@ def _undisturbed(network: nn.Module, values: Any = ()):
     places += [value for place in places for value in place.values() if isinstance(value, containers)]
     before = [(place, copy.copy(place)) for place in places]
     held = [value for _, kept in before for value in (kept.values() if isinstance(kept, dict) else kept)]
-    tensors = {id(t): t for t in (*_tensors(values), *held) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)}
+    tensors = {
+        id(t): t for t in (*_tensors(values), *held) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
+    }
     contents = [(t, t.detach().clone()) for t in tensors.values()]
     data = [(parameter, parameter.data) for parameter in network.parameters()]
     states = [(write, read()) for read, write in _generators(held)]
@@ -2045,7 +2103,9 @@ def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
     numpy = sys.modules.get("numpy")
     for value in (*held, *([numpy.random] if numpy else [])):
         if numpy and isinstance(value, numpy.random.Generator):
-            found.append((lambda g=value: g.bit_generator.state, lambda s, g=value: setattr(g.bit_generator, "state", s)))
+            found.append(
+                (lambda g=value: g.bit_generator.state, lambda s, g=value: setattr(g.bit_generator, "state", s))
+            )
         for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
             if hasattr(value, get) and hasattr(value, put):
                 found.append((getattr(value, get), getattr(value, put)))
@@ -2064,7 +2124,9 @@ def _modules_and_parameters(network: nn.Module) -> list[tuple]:
 def _require_same_network(rule: Rule) -> None:
     """Raise RuntimeError where a rule's gradient is not what is asked for, or the network is not the rule's."""
     if (around := _transforms()) is not None:
-        raise RuntimeError(f"this rule's gradient is the gradient of nothing, and {around} cannot go through it; Backprop can")
+        raise RuntimeError(
+            f"this rule's gradient is the gradient of nothing, and {around} cannot go through it; Backprop can"
+        )
     if getattr(rule, "_is_replica", False):
         raise RuntimeError("DataParallel copies parameters, which a rule cannot follow; use DistributedDataParallel")
     now = _modules_and_parameters(rule.network)
@@ -2073,8 +2135,8 @@ def _require_same_network(rule: Rule) -> None:
     for one, other in itertools.zip_longest(now, rule.known, fillvalue=("the network",)):
         if len(one) != len(other) or not all(map(_alike, one, other)):
             raise RuntimeError(
-                f"{one[0] or 'the network'} has other modules or parameters than when the rule was made (or torch.func has "
-                "put other tensors in their places): make the rule anew"
+                f"{one[0] or 'the network'} has other modules or parameters than when the rule was made (or torch.func "
+                "has put other tensors in their places): make the rule anew"
             )
     rule.known = now  # other parameters of the same shapes: load_state_dict(assign=True)
 

@@ -1,0 +1,291 @@
+"""Backprop at initialisation, over networks of many kinds: the oracle is the network itself, differentiated by torch.
+
+Where B = W (feedback alignment and its kin) or at the initial parameters (the Align rules) a rule is backprop, on any
+network, for every parameter, for the inputs, and at every later call with another state.
+"""
+
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import align_rules
+
+pytestmark = pytest.mark.usefixtures("seeded")
+BATCH, SIZE, CLASSES = 4, 6, 3
+
+
+def head(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*modules, nn.Flatten(), nn.LazyLinear(CLASSES))
+
+
+class Function(nn.Module):
+    """Modules by name, and what is computed with them."""
+
+    def __init__(self, compute, **modules):
+        super().__init__()
+        self.compute = compute
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *inputs):
+        return self.compute(self, *inputs)
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
+
+
+class Merged(nn.Module):
+    """W + A C, W frozen: an adapter that is merged into its layer's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.out = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES)
+        self.base.weight.requires_grad_(False)
+        self.a, self.c = matrix(7, 2), matrix(2, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(F.linear(x, self.base.weight + self.a @ self.c, self.base.bias)))
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return (v > 0).to(v)
+
+    @staticmethod
+    def backward(ctx, g):
+        (v,) = ctx.saved_tensors
+        return g / (1 + v.abs()) ** 2
+
+
+class Spiking(nn.Module):
+    """A membrane that is kept from one call to the next, and a surrogate gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.o = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES)
+        self.register_buffer("membrane", torch.zeros(BATCH, 7))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, total = self.membrane, 0.0
+        for _ in range(3):
+            v = 0.9 * v + self.i(x)
+            s = Spike.apply(v - 0.3)
+            v, total = v - s, total + self.o(s)
+        self.membrane = v.detach()
+        self.calls += 1
+        return total
+
+
+class Dale(nn.Module):
+    """A continuous-time recurrent network whose units are excitatory or inhibitory (Dale's law)."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.w, self.o = nn.Linear(2, 8), matrix(8, 8), nn.Linear(8, CLASSES)
+        self.register_buffer("sign", torch.tensor([1.0] * 6 + [-1.0] * 2))
+        self.start = nn.Parameter(torch.zeros(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, time, 2)
+        h = self.start.expand(len(x), -1)
+        for step in x.unbind(1):
+            h = h + 0.2 * (self.i(step) + F.relu(h) @ (self.w.abs() * self.sign).T - h)
+        return self.o(F.relu(h))
+
+
+class Settles(nn.Module):
+    """Recurrent until its values settle, which nobody knows before."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.r, self.o = nn.Linear(SIZE, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        nn.init.normal_(self.r.weight, std=0.05)
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 8)
+        while True:
+            new = torch.tanh(self.i(x) + self.r(h))
+            self.steps += 1
+            if (new - h).abs().max() < 1e-4:
+                return self.o(new)
+            h = new
+
+
+class LayerDrop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.o = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(4)), nn.Linear(SIZE, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if random.random() < 0.7:
+                x = x + torch.tanh(block(x))
+        return self.o(x)
+
+
+def tied(s, words: Tensor) -> Tensor:
+    """The readout is the embedding, transposed."""
+    return torch.tanh(s.hidden(s.words(words))).mean(1) @ s.words.weight.T
+
+
+def in_place(s, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h[:, :2].mul_(2).add_(1)
+    h[:, 2:] = s.c(x)[:, 2:]
+    return s.b(h.add_(s.c(x)))
+
+
+def graph(s, x: Tensor, edges: Tensor) -> Tensor:
+    h = torch.tanh(s.a(x))
+    return s.b(torch.zeros_like(h).index_add_(0, edges[1], h[edges[0]]))
+
+
+def straight_through(s, x: Tensor) -> Tensor:
+    """A codebook: the nearest entry goes on, and the gradient goes past it."""
+    z = s.a(x)
+    with torch.no_grad():
+        nearest = torch.cdist(z, s.codes).argmin(1)
+    q = s.codes[nearest]
+    return s.b(z + (q - z).detach()) + (q - z.detach()).square().mean()
+
+
+def last(module, x: Tensor) -> Tensor:
+    return module(x)[0][:, -1]
+
+
+def images(*shape: int):
+    return lambda: (torch.randn(BATCH, *shape),)
+
+
+def vectors():
+    return (torch.randn(BATCH, SIZE),)
+
+
+def words():
+    return (torch.randint(9, (BATCH, 5)),)
+
+
+def sequences():
+    return (torch.randn(BATCH, 5, SIZE),)
+
+
+class Standardised(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
+
+
+def parametrised(how, *sizes: int) -> nn.Module:
+    return how(nn.Linear(*sizes))
+
+
+NETWORKS = {
+    "own matrices": (
+        lambda: Function(lambda s, x: torch.einsum("bi,oi->bo", torch.tanh(x @ s.a + s.b) * s.g, s.c),
+                         a=matrix(SIZE, 7), b=matrix(7), g=nn.Parameter(torch.ones(7)), c=matrix(CLASSES, 7)), vectors),
+    "LSTM": (lambda: Function(lambda s, x: s.o(last(s.r, x)), r=nn.LSTM(SIZE, 8, 2, batch_first=True),
+                              o=nn.Linear(8, CLASSES)), sequences),
+    "GRU": (lambda: Function(lambda s, x: s.o(last(s.r, x)), r=nn.GRU(SIZE, 8, batch_first=True, bidirectional=True),
+                             o=nn.Linear(16, CLASSES)), sequences),
+    "cells": (lambda: Function(lambda s, x: s.o(s.l(s.g(x[:, 0]))[0] + s.r(x[:, 1])), g=nn.GRUCell(SIZE, 8),
+                               l=nn.LSTMCell(8, 8), r=nn.RNNCell(SIZE, 8), o=nn.Linear(8, CLASSES)), sequences),
+    "transformer": (lambda: Function(
+        lambda s, x: s.o(s.d(s.t(s.e(x)), s.e(x)).mean(1)), e=nn.Linear(SIZE, 8), o=nn.Linear(8, CLASSES),
+        t=nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True),
+        d=nn.TransformerDecoderLayer(8, 2, 16, dropout=0.2, batch_first=True)), sequences),
+    "convolutions": (lambda: head(
+        nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.BatchNorm2d(4), nn.ELU(inplace=True),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.GELU(), nn.ConvTranspose2d(4, 3, 3, 2, 1),
+        nn.LeakyReLU(), nn.MaxPool2d(2)), images(2, 8, 8)),
+    "channels last, dropout": (lambda: head(nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last), nn.Dropout(0.5),
+                                            nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Dropout2d(0.5)),
+                               lambda: (torch.randn(BATCH, 2, 6, 6).contiguous(memory_format=torch.channels_last),)),
+    "one and three dimensions": (lambda: Function(
+        lambda s, x: s.o(torch.relu(s.c(torch.tanh(s.a(x))[:, None, :, :, None])).flatten(1)), a=nn.Conv1d(5, 4, 3),
+        c=nn.Conv3d(1, 2, (2, 2, 1)), o=nn.Linear(18, CLASSES)), sequences),
+    "bilinear": (lambda: Function(lambda s, x: s.o(torch.tanh(s.b(s.a(x), x))), a=nn.Linear(SIZE, 5),
+                                  b=nn.Bilinear(5, SIZE, 7), o=nn.Linear(7, CLASSES)), vectors),
+    "weight norm": (lambda: nn.Sequential(parametrised(parametrizations.weight_norm, SIZE, 7), nn.Tanh(),
+                                          parametrised(parametrizations.weight_norm, 7, CLASSES)), vectors),
+    "spectral norm": (lambda: nn.Sequential(parametrised(parametrizations.spectral_norm, SIZE, 7), nn.Tanh(),
+                                            nn.Linear(7, CLASSES)), vectors),
+    "standardised": (lambda: nn.Sequential(
+        parametrised(lambda m: parametrize.register_parametrization(m, "weight", Standardised()), SIZE, 7), nn.Tanh(),
+        nn.Linear(7, CLASSES)), vectors),
+    "merged": (Merged, vectors),
+    "tied": (lambda: Function(tied, words=nn.Embedding(9, 8), hidden=nn.Linear(8, 8)),
+             words),
+    "embedding bag": (lambda: Function(lambda s, w: s.o(torch.tanh(s.h(s.e(w)))), e=nn.EmbeddingBag(9, 8),
+                                       h=nn.Linear(8, 8), o=nn.Linear(8, CLASSES)), words),
+    "in place": (lambda: Function(in_place, a=nn.Linear(SIZE, 7), b=nn.Linear(7, CLASSES),
+                                  c=nn.Linear(SIZE, 7)), vectors),
+    "graph": (lambda: Function(graph, a=nn.Linear(SIZE, 7), b=nn.Linear(7, CLASSES)),
+              lambda: (torch.randn(BATCH, SIZE), torch.tensor([[0, 1, 2, 3, 3], [1, 2, 3, 0, 1]]))),
+    "checkpointed": (lambda: Function(lambda s, x: s.b(checkpoint(s.a, x, use_reentrant=False)),
+                                      b=nn.Linear(7, CLASSES),
+                                      a=nn.Sequential(nn.Linear(SIZE, 7), nn.Tanh())), vectors),
+    "straight through": (lambda: Function(straight_through, a=nn.Linear(SIZE, 7), codes=matrix(5, 7),
+                                          b=nn.Linear(7, CLASSES)), vectors),
+    "spiking": (Spiking, vectors),
+    "Dale": (Dale, lambda: (torch.randn(BATCH, 6, 2),)),
+    "scripted part": (lambda: nn.Sequential(nn.Linear(SIZE, 7), nn.Softsign(), nn.Linear(7, CLASSES), nn.LogSoftmax(1)),
+                      vectors),
+    "settles": (Settles, vectors),
+    "layer drop": (LayerDrop, vectors),
+}  # fmt: skip
+RECORDED = ("settles", "layer drop")
+KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
+
+
+def made(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    build, draw = NETWORKS[kind]
+    inputs = draw()
+    network = build()
+    if any(isinstance(p, nn.UninitializedParameter) for p in network.parameters()):
+        network(*inputs)
+    return network, inputs
+
+
+def mean_square(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_backprop_at_initialisation(kind):
+    network, inputs = made(kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore" if kind in RECORDED else "error", message=".*recorded anew.*")
+        for name in KIN:
+            rule = align_rules.RULES[name](network)
+            align_rules.verify(rule, mean_square, *inputs, double=True)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_state_of_the_network_is_that_of_plain_steps(kind):
+    """After two steps by plain backprop and by a rule's code: buffers, attributes, and random numbers after them."""
+    found = []
+    for name in ("backprop", "align_zero", "last_layer"):
+        torch.manual_seed(1)
+        network, inputs = made(kind)
+        rule = align_rules.RULES[name](network, **({"learns": [""]} if name == "last_layer" else {}))
+        torch.manual_seed(2), random.seed(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                mean_square(rule(*inputs)).backward()
+        numbers = [v for m in network.modules() for v in vars(m).values() if type(v) in (int, float, bool)]
+        found.append(([*network.buffers(), torch.rand(3)], [*numbers, random.random()]))
+    for tensors, numbers in found[1:]:
+        assert numbers == found[0][1]
+        for tensor, other in zip(tensors, found[0][0], strict=True):
+            torch.testing.assert_close(tensor, other)
