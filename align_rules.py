@@ -1312,7 +1312,7 @@ class Draft:
 
     Attributes:
         places: the values of the call's inputs, by the places of its graph.
-        written: what is written back in the end: an input's number, or the name of one of the rule's tensors, and a value.
+        written: what is written back in the end: an input's number, or the name of a tensor of the rule's, and a value.
         extras: values that `Rule.finish` gets beside the outputs.
     """
 
@@ -1429,7 +1429,8 @@ def _require_no_draw_inside(node: fx.Node) -> None:
         if given.get("dropout_p") or given.get("training"):
             raise TypeError(
                 f"{_operator(node)} at {_line(node)} draws random numbers inside, which a rule that computes the "
-                "network twice cannot repeat; set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                "network twice cannot repeat; set its dropout to 0, or use "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
 
 

@@ -52,12 +52,11 @@ def test_scores_are_those_of_the_changes():
     assert list(metrics) == ["score_1", "control_1", "score_2", "control_2"]
     mixed = shuffled([block.layer.weight for block in pair.network.blocks], seed=99)  # the published one
     for number, size in ((1, (8, 8)), (2, (8, 8))):
-        normal, align = (one.blocks[number - 1].layer for one in (pair.network, pair.align))
         initial = pair.initial.named()[f"blocks.{number - 1}.layer.weight"]
-        changes = [(layer.weight - initial).detach() for layer in (normal, align)]
-        assert metrics[f"score_{number}"] == exact_score(normal, *changes, size).value
-        control = exact_score(normal, (mixed[number - 1] - initial).detach(), changes[1], size)
-        assert metrics[f"control_{number}"] == control.value
+        normal, align = (network.blocks[number - 1].layer for network in (pair.network, pair.align))
+        of_a = (align.weight - initial).detach()
+        for kind, weight in (("score", normal.weight), ("control", mixed[number - 1])):
+            assert metrics[f"{kind}_{number}"] == exact_score(normal, (weight - initial).detach(), of_a, size).value
     assert AlignmentScores((8, 8), epochs=[2])(pair, 1) == dict.fromkeys(metrics)
 
 
