@@ -26,7 +26,7 @@ ABSENT = {
     **dict.fromkeys(GRID),
     "variant": None, "workers": None, "profile": False, "batches_per_step": None, "sync_normalisation": False,
     "log_alignment": False, "keep": None, "score_epochs": None, "shuffle_seed": PAPER_SEED, "files": None,
-    "evaluate_every": 1,
+    "evaluate_every": 1, "centred": False,
 }  # fmt: skip
 
 
@@ -82,7 +82,9 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
             variant=arguments.variant,
             workers=arguments.workers,
         ),
-        step=StepOptions(arguments.batches_per_step, arguments.sync_normalisation, arguments.weight_decay),
+        step=StepOptions(
+            arguments.batches_per_step, arguments.sync_normalisation, arguments.weight_decay, arguments.centred
+        ),
         record=RecordOptions(
             angles=arguments.log_alignment,
             keep=_unrepeated(arguments.keep),
@@ -185,6 +187,8 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--batch-size", type=positive_int, help=f"default {subject.batch_size}")
     decay = "of all rules, L2 (default: none, but what a rule has of its own: kolen_pollack 1e-4)"
     add("--weight-decay", type=non_negative, metavar="D", help=decay)
+    centred = "take the initial function away from outputs: f - f0, with every rule (not in the paper)"
+    add("--centred", action="store_true", help=centred)
     add("--network", choices=subject.networks, default=subject.networks[0], help="default %(default)s")
     if subject.variants:
         default = "default %(default)s (docs/differences.md)"

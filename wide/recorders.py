@@ -77,8 +77,11 @@ class Angles(LayerRows):
     file = "angles.csv"
 
     def gradients(self, training: "Training", inputs: Tensor, targets: Tensor) -> None:
+        def loss(outputs: Tensor) -> Tensor:
+            return training.task.loss(training.seen(outputs, inputs), targets)
+
         with training.autocast():
-            degrees = gradient_angles(training.rule, lambda outputs: training.loss(outputs, targets), inputs)
+            degrees = gradient_angles(training.rule, loss, inputs)
         feedback = feedback_angles(training.rule)
         self.rows = [
             {

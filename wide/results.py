@@ -36,8 +36,8 @@ SEEDS = "99 100 101 102 103"
 
 
 def matches(run: Run, fields: Mapping[str, object]) -> bool:
-    """Whether a run has these fields; a tuple gives several values. Its decay is the rule's own, if none is given."""
-    fields = {"decay": RULES[run.rule].settings.get("decay", 0.0)} | dict(fields)
+    """Whether a run has these fields; a tuple gives several values. Where not given: the rule's decay, not centred."""
+    fields = {"centred": False, "decay": RULES[run.rule].settings.get("decay", 0.0)} | dict(fields)
     return all(
         getattr(run, name) in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items()
     )

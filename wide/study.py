@@ -183,5 +183,6 @@ class Study:
             variant=self.options.data.variant,
             precision=self.machine.precision,
             timed_on=device_name(self.machine.device) if grid.timed else None,
+            centred=self.options.step.centred,
             **settings,
         )

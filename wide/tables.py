@@ -271,10 +271,11 @@ def settings_text(runs: list[Run], names: Collection[str] | None = None) -> str:
         "seed": "seed {}",
         "decay": "weight decay {:g}",
         "precision": "{}",
+        "centred": "centred outputs",
     }
     names = texts if names is None else [name for name in texts if name in names]
     common = {name: values.pop() for name in names if len(values := {getattr(run, name) for run in runs}) == 1}
-    for name, usual in (("batches", 1), ("decay", 0)):
+    for name, usual in (("batches", 1), ("decay", 0), ("centred", False)):
         if common.get(name) == usual:
             del common[name]
     return ", ".join(texts[name].format(value) for name, value in common.items() if value is not None)
@@ -282,8 +283,8 @@ def settings_text(runs: list[Run], names: Collection[str] | None = None) -> str:
 
 def unusual_text(runs: list[Run]) -> str:
     """For a title: what is not as in the paper, in all of these runs."""
-    unusual = {"mlp": "fully connected", "corrected": "corrected variant", "bf16": "bf16"}
-    values = [{getattr(run, name) for run in runs} for name in ("network", "variant", "precision")]
+    unusual = {"mlp": "fully connected", "corrected": "corrected variant", "bf16": "bf16", True: "centred outputs"}
+    values = [{getattr(run, name) for run in runs} for name in ("network", "variant", "precision", "centred")]
     words = [unusual[value] for value in (v.pop() for v in values if len(v) == 1) if value in unusual]
     return f" ({', '.join(words)})" if words else ""
 

@@ -1,6 +1,7 @@
 """The training loop, one for all tasks, networks and rules; and a run's life, from its checkpoint on."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -38,6 +39,7 @@ class Training:
 
     Attributes:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
+        initial: of a centred run the network as it began, with the same normalisation; else None.
         alone: whether a step is one whole batch, in this process.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
@@ -55,6 +57,7 @@ class Training:
         self.split_batches = run.batches == 1 and processes.count > 1
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
+        self.initial = copy.deepcopy(self.rule.network) if run.centred else None
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(run, learning)
         self.captured = Captured(lambda *batch: self.update([batch]), task.device) if self.can_be_captured() else None
@@ -141,9 +144,10 @@ class Training:
                 continue
             with self.autocast():
                 outputs = self.rule(inputs)
-            loss = self.loss(outputs, targets)
+            outputs = self.seen(outputs, inputs)
+            loss = self.task.loss(outputs, targets)
             (loss if self.alone else loss * len(targets)).backward()
-            made.append((_full(outputs).detach(), targets, loss.detach()))
+            made.append((outputs.detach(), targets, loss.detach()))
         if not self.alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
         if last and self.recorders and len(targets):
@@ -173,9 +177,16 @@ class Training:
         outputs, targets = (torch.cat([part[k] for part in made]) for k in range(2))
         return outputs, targets, self.task.loss(outputs, targets)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's, in at least single precision."""
-        return self.task.loss(_full(outputs), targets)
+    def seen(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """What loss and measures see of the rule's outputs for this batch, in at least single precision.
+
+        Of a centred run that is f - f0: less what the initial network gives for the same batch, which has no gradient.
+        """
+        if self.initial is None:
+            return _full(outputs)
+        with torch.no_grad(), self.autocast():
+            start = self.initial(inputs)
+        return _full(outputs) - _full(start)
 
     @torch.no_grad()
     def evaluate(self, split: str, order: np.ndarray) -> dict[str, float]:
@@ -189,7 +200,7 @@ class Training:
             with self.autocast():
                 outputs = self.rule(inputs)
             if len(targets):
-                averages.add(self.task.measures(_full(outputs), targets), len(targets))
+                averages.add(self.task.measures(self.seen(outputs, inputs), targets), len(targets))
         return averages.values(self.processes)
 
     def train_epoch(self, evaluate: bool = True) -> dict[str, float | None]:
