@@ -8,7 +8,6 @@ import torch
 from running import script
 from torch import nn
 
-from wide import figures
 from wide.distance_report import ANGLE, WEIGHT, Distance, make_lines, predicted_slope
 from wide.recorders import layer_inputs, relative_change
 from wide.runs import Run, RunFolder
@@ -59,10 +58,3 @@ def test_the_experiment(kmnist, tmp_path, monkeypatch):
     assert layers == ["blocks.0.layer", "blocks.1.layer", "blocks.2.layer", "readout"]
     assert [row["relative_activity_change"] == "" for row in recorded] == [True, False, False, False]
     assert all(float(row["relative_weight_change"]) > 0 for row in recorded)
-
-
-def test_the_figures_of_results_are_drawn(tmp_path):
-    for tables in ({}, {"KMNIST": {"backprop": {8: [30.0, 31.0], 16: [40.0]}, "fa": {8: [20.0]}}}):
-        with open(tmp_path / "figure.png", "wb") as file:
-            figures.draw_accuracies(file, "accuracy", tables)
-        assert (tmp_path / "figure.png").stat().st_size > 3000

@@ -143,7 +143,7 @@ class ScoreReport:
         title = study.title + after + unusual_text(study.runs)
 
         def draw(file: BinaryIO) -> None:
-            figures().draw_scores(file, title, sections, self.against)
+            figures("score_figure").draw_scores(file, title, sections, self.against)
 
         text = _markdown(title, sections, self.against, study)
         rows = csv_text([dataclasses.asdict(score) for scores in sections.values() for score in scores], header=True)

@@ -83,6 +83,23 @@ def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float
     return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
 
 
+# Of the figure: title and slope of theory.
+HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
+ACTIVITIES = "relative change of activities"
+ENDS = "relative change of weights, first layer and readout"
+BETWEEN = "relative change of weights, between hidden layers"
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0))
+
+
+def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:
+    """Where the figure shows it; angles of the readout are in the table alone."""
+    if quantity == ANGLE:
+        return None if layer == layers[-1] else HIDDEN_ANGLE
+    if quantity == ACTIVITY:
+        return ACTIVITIES
+    return BETWEEN if predicted_slope(quantity, layer, layers) == -1 else ENDS
+
+
 def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
     """What a run recorded of an epoch; angles that are zero but for rounding are left out.
 
@@ -121,6 +138,21 @@ def make_lines(distances: list[Distance]) -> dict[tuple[str, str, str], Line]:
     return {key: _line(dict(sorted(by_width.items()))) for key, by_width in grouped.items()}
 
 
+def panel_lines(distances: list[Distance], layers: tuple[str, ...]) -> dict[tuple[str, str], Line]:
+    """By (title of a panel, rule); of every run the geometric mean over the panel's layers."""
+    runs: dict[tuple[str, str], dict[tuple[int, int], list[float]]] = {}
+    for d in distances:
+        if panel := panel_of(d.quantity, d.layer, layers):
+            runs.setdefault((panel, d.rule), {}).setdefault((d.width, d.seed), []).append(d.value)
+    found = {}
+    for key, by_run in runs.items():
+        by_width: dict[int, list[float]] = {}
+        for (width, _), values in sorted(by_run.items()):
+            by_width.setdefault(width, []).append(statistics.geometric_mean(values))
+        found[key] = _line(by_width)
+    return found
+
+
 def _line(by_width: dict[int, list[float]]) -> Line:
     groups = list(by_width.values())
     return Line(
@@ -156,7 +188,7 @@ class DistanceReport:
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
 
         def draw(file: BinaryIO) -> None:
-            figures().draw_distances(file, title, lines, layers)
+            figures("distance_figure").draw_distances(file, title, panel_lines(distances, layers))
 
         text = _markdown(title, lines, layers, study)
         return write_report(
