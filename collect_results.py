@@ -13,7 +13,7 @@ from wide import install_excepthook
 if __name__ == "__main__":
     install_excepthook()
 
-from wide.command_line import collect
+from wide.collecting import main
 
 if __name__ == "__main__":
-    sys.exit(collect(__doc__))
+    sys.exit(main(__doc__))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from align_rules import RULES
-from wide import UserError, collecting
+from wide import UserError
 from wide.alignment_report import score_files
 from wide.datasets import ImageDataset
 from wide.devices import DEVICES, PRECISIONS
@@ -71,6 +71,11 @@ def exit_status(program: str, command: Callable[[], Failures]) -> int:
     return 1 if failures else 0
 
 
+def asked(subject: Subject, experiments: Mapping[int, Experiment], argv: Sequence[str]) -> Options:
+    """What a command line asks of a training or alignment script."""
+    return as_options(parse(build_parser("", subject, experiments), experiments, argv), subject)
+
+
 def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
     """A parsed command line as typed values."""
     given = {name: value for name in GRID if (value := vars(arguments)[name]) is not None}
@@ -127,7 +132,6 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     parser = Parser(
         usage="%(prog)s [NUMBER] [options]",
         description=f"{description.strip()}\n\nexperiments:\n{rows}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(**ABSENT)
     first = "of the experiment; it comes before the options (default 1)"
@@ -274,26 +278,11 @@ def setup(
     return 0
 
 
-def collect(description: str, argv: Sequence[str] | None = None) -> int:
-    """Run the command line of collect_results.py.
-
-    Returns:
-        The exit status: 0, or 2 after a one-line message on stderr.
-    """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description.strip(), formatter_class=formatter)
-    parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
-    arguments = parser.parse_args(argv)
-    try:
-        print(collecting.collect(arguments.outputs))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Says in one line what is wrong, and shows a description as it is written."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")
