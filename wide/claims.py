@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from wide import intervals
-from wide.distance_report import ACTIVITY, ANGLE, WEIGHT, read_distances
+from wide.distance_report import ACTIVITY, AFTER, ANGLE, GAP, WEIGHT, read_distances
 from wide.judging import (
     LEAST_SEEDS,
     MARGIN,
@@ -83,6 +83,7 @@ THEORIES = tuple(
     )
     for title, network in (("Fully connected", "mlp"), ("KMNIST", "cnn"))
 )
+OUTPUTS = Setting("Fully connected, 100 images", MLP | {"learning_rate": 5.0, "data_limit": 100}, 1000)
 
 
 # ------------------------------------------------------------------------------------------------ figures of each claim
@@ -244,6 +245,19 @@ def theory(kept: list[Kept]) -> list[Figure]:
     return found
 
 
+def outputs(kept: list[Kept]) -> list[Figure]:
+    """Exponents of the width of the distance of outputs from backprop's, its root's twice over."""
+    found = []
+    for rule in ("align_ada", "align_zero", "align_prop"):
+        for after in AFTER:
+            what = (
+                f"mean squared distance of {RULES[rule].title}'s outputs from backprop's {after}, exponent of the width"
+            )
+            values = distances(OUTPUTS, kept, rule, (GAP, (after,)))
+            found.append(exponent(OUTPUTS, values, f"{what} (1/width)", lower=-1.5, upper=-0.5))
+    return found
+
+
 def distances(setting: Setting, kept: list[Kept], rule: str, source: tuple[str, tuple[str, ...]]) -> dict:
     """log2 of the geometric mean over layers of a recorded quantity, {width: {seed: value}}.
 
@@ -334,6 +348,11 @@ CLAIMS = (
         "Weights and activities change less, and angles to backprop fall, with width",
         "theory of infinite width: after any fixed number of updates",
         ("Fully connected",), "train_kmnist.py 3", theory,
+    ),
+    Claim(
+        "The Align rules' networks compute what backprop's does, the more so the wider",
+        "abstract: equivalent at infinite width; after any fixed number of updates", ("Fully connected",),
+        "train_kmnist.py 4", outputs,
     ),
     Claim(
         "Weight changes align, and alignment grows with width", f"abstract; {PAIRED}", ("KMNIST", "Add"),

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import BinaryIO
 
-from wide.distance_report import PANELS, Line
+from wide.distance_report import OF_THEORY, PANELS, Line
 from wide.drawing import AXIS_LABELS, GREY, bars_text, legend, line, logarithmic, panels, save
 from wide.rules import RULES
 
@@ -36,8 +36,8 @@ def _draw(panel, lines: Mapping[str, Line], slope: float) -> None:
         panel.errorbar(one.widths, one.means, [below, above], **bars)
     panel.set_yscale("log")
     logarithmic(panel, widths, AXIS_LABELS["width"])
-    # Through the middle of the rules that theory is about: those without random feedback.
-    of_theory = [one for rule, one in lines.items() if RULES[rule].feedback is None] or list(lines.values())
+    # Through the middle of the rules that theory is about.
+    of_theory = [one for rule, one in lines.items() if rule in OF_THEORY] or list(lines.values())
     places = [(w, mean) for one in of_theory for w, mean in zip(one.widths, one.means, strict=True)]
     middle = statistics.fmean(math.log(mean) - slope * math.log(width) for width, mean in places)
     through = [math.exp(middle) * width**slope for width in widths]

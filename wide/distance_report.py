@@ -17,6 +17,10 @@ sqrt(s). Rules that read ReLU's derivative in the initial network (Align-ada, Al
 as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards
 backprop.
 
+The outputs themselves change by a number of order 1, and so do not vanish against their start; two rules whose
+updates differ by a relative 1/sqrt(n) end at outputs that differ by 1/sqrt(n): the mean squared distance falls like 1/n.
+A share of flipped units counts there as it is, and not as its root: an output sums over all of them.
+
 All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.
 """
 
@@ -28,7 +32,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from wide import UserError
 from wide.files import csv_text
-from wide.recorders import Angles, Changes
+from wide.recorders import Angles, Changes, Gaps
 from wide.report import figures, write_report
 from wide.rules import RULES
 from wide.runs import FINISHED, RunFolder
@@ -38,17 +42,24 @@ if TYPE_CHECKING:
     from wide.study import Study
 
 ANGLE, ACTIVITY, WEIGHT = "degrees_to_backprop", "relative_activity_change", "relative_weight_change"
+GAP = "mean_squared_gap"
 TITLES = {
     ANGLE: "angle to backprop's gradient (degrees)",
     ACTIVITY: "relative change of the activity that it reads",
     WEIGHT: "relative change of its weight",
+    GAP: "mean squared distance of outputs from backprop's",
 }
+# What theory says of angles and outputs, it says of these: no width turns rules with other feedback towards backprop.
+OF_THEORY = ("backprop", "align_ada", "align_zero", "align_prop")
 EXACT = 0.05  # degrees: what rounding in single precision makes of equal gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """One quantity of one layer of a run, before the last update of an epoch. Layers are numbered from the input."""
+    """One quantity of one layer of a run, before the last update of an epoch. Layers are numbered from the input.
+
+    Of the distance of outputs, which has no layer, `layer` is the number of updates in words.
+    """
 
     rule: str
     width: int
@@ -80,6 +91,8 @@ class Line:
 
 def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float:
     """The exponent of the width (see the docstring of the module), of a smooth activation function."""
+    if quantity == GAP:
+        return -1.0
     return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
 
 
@@ -88,11 +101,14 @@ HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
 ACTIVITIES = "relative change of activities"
 ENDS = "relative change of weights, first layer and readout"
 BETWEEN = "relative change of weights, between hidden layers"
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0))
+AFTER = [f"after {updates} update{'s' * (updates > 1)}" for updates in (1, 10, 100, 1000)]
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((after, -1.0) for after in AFTER))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:
     """Where the figure shows it; angles of the readout are in the table alone."""
+    if quantity == GAP:
+        return layer
     if quantity == ANGLE:
         return None if layer == layers[-1] else HIDDEN_ANGLE
     if quantity == ACTIVITY:
@@ -122,7 +138,21 @@ def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
                 found += [_distance(folder, quantity, layer, value) for layer, value in values.items()]
         except (KeyError, ValueError, TypeError) as error:
             raise folder.damaged(path, error) from error
+    found += _read_gaps(folder, epoch)
     return [d for d in found if d.value > (EXACT if d.quantity == ANGLE else 0)]
+
+
+def _read_gaps(folder: RunFolder, epochs: int) -> list[Distance]:
+    """Distances of outputs, after any epoch up to this one."""
+    path = folder.path / Gaps.file
+    if not path.exists():
+        return []
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        there = [(int(row["updates"]), float(row[GAP])) for row in rows if int(row["epoch"]) <= epochs]
+    except (KeyError, ValueError, TypeError) as error:
+        raise folder.damaged(path, error) from error
+    return [_distance(folder, GAP, f"after {n} update{'s' * (n > 1)}", value) for n, value in there]
 
 
 def _distance(folder: RunFolder, quantity: str, layer: str, value: float) -> Distance:
@@ -180,10 +210,12 @@ class DistanceReport:
         distances = [d for folder in study.folders for d in read_distances(folder, study.epochs)]
         if not distances:
             raise UserError(
-                f"no run has {Angles.file} of epoch {study.epochs}; delete {study.outputs} to train them anew"
+                f"no run has {Angles.file} or {Gaps.file} of epoch {study.epochs}; delete {study.outputs} to train "
+                "them anew"
             )
         updates = self.updates(study)
-        title = f"{study.title}, after {updates} updates{unusual_text(study.runs)}"
+        when = "" if study.experiment.compared else f", after {updates} updates"
+        title = f"{study.title}{when}{unusual_text(study.runs)}"
         lines = make_lines(distances)
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
 
@@ -215,10 +247,12 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") 
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():
         widths = sorted({w for (q, _, _), line in lines.items() if q == quantity for w in line.widths})
+        if not widths:
+            continue
         text += [
             f"## {what}",
             "",
-            "| layer | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
+            "| | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
         ]
         text.append("|---" * (4 + len(widths)) + "|")
         for (_, layer, rule), line in sorted(
@@ -226,12 +260,9 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], study: "Study") 
         ):
             values = dict(zip(line.widths, line.means, strict=True))
             cells = [f"{values[w]:.3g}" if w in values else "-" for w in widths]
-            theory = "none" if quantity == ANGLE and rule in RANDOM else f"{predicted_slope(quantity, layer, layers):g}"
+            none = quantity in (ANGLE, GAP) and rule not in OF_THEORY
+            theory = "none" if none else f"{predicted_slope(quantity, layer, layers):g}"
             slope = "-" if line.slope is None else f"{line.slope:.2f}"
             text.append(f"| {layer} | {RULES[rule].title} | {' | '.join(cells)} | {slope} | {theory} |")
         text.append("")
     return "\n".join(text)
-
-
-# Rules whose feedback is random: no width turns their gradients towards backprop's.
-RANDOM = tuple(rule for rule, spec in RULES.items() if spec.feedback)

@@ -6,6 +6,7 @@ own. The time that they take is no part of an epoch's seconds.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -144,6 +145,34 @@ def relative_change(now: Tensor | None, before: Tensor | None) -> float | None:
         return None
     now, before = now.detach().double(), before.detach().double()
     return float((now - before).norm() / before.norm())
+
+
+class Gaps(Recorder):
+    """gaps.csv: how far outputs are from those of backprop's network, from the same start on the same batches.
+
+    mean_squared_gap is over the outputs for the test images that the run uses. That network is trained beside, as
+    far as these epochs need it, and after an interruption from its start again.
+    """
+
+    file = "gaps.csv"
+
+    def __init__(self, epochs: Iterable[int]):
+        self.epochs = frozenset(epochs)
+        self.other: Training | None = None
+
+    def epoch(self, training: "Training", folder: RunFolder) -> None:
+        if training.epoch not in self.epochs:
+            return
+        if self.other is None:
+            run = dataclasses.replace(training.run, rule="backprop", decay=0.0, rule_variant=None)
+            self.other = type(training)(training.task, run)
+        while self.other.epoch < training.epoch:
+            self.other.train_epoch(evaluate=False)
+        gap = (training.outputs("test") - self.other.outputs("test")).square().mean()
+        updates = training.epoch * (training.task.size(training.run, "train") // training.run.batch_size)
+        with writing(folder.path):
+            row = {"epoch": training.epoch, "updates": updates, "mean_squared_gap": gap.item()}
+            append_rows(folder.path / self.file, [row])
 
 
 class KeptParameters(Recorder):

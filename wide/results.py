@@ -26,7 +26,7 @@ from wide.study import Study as Grid
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 25e6  # bytes of results/ in all
-KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv")
+KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv", "gaps.csv")
 DATA = " --data-dir DATA"  # in commands: the folder of the data
 ALL = "backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror"
 SEVEN = "backprop align_ada align_zero align_prop fa dfa last_layer"
@@ -140,6 +140,11 @@ STUDIES = (
     Study(
         "mlp_theory", "fully connected: distance from theory against width, after 9 updates",
         f"train_kmnist.py 3 --network mlp --widths 16 32 64 128 256 512 1024 2048 4096 --seeds {THREE_SEEDS}{DATA}",
+    ),
+    Study(
+        "mlp_outputs", "fully connected: distance of outputs from those of backprop's network against width",
+        "train_kmnist.py 4 --network mlp --widths 16 32 64 128 256 512 1024 2048 4096 "
+        f"--seeds {THREE_SEEDS} --evaluate-every 1000{DATA}",
     ),
     Study(
         "kmnist_seeds", "convolutional: accuracy against width, 100 epochs, learning rate 5",

@@ -15,7 +15,7 @@ from wide.devices import choose_algorithms, choose_device, choose_precision, dev
 from wide.experiments import Experiment, Subject, beside
 from wide.options import PAPER_SEED, Options
 from wide.processes import ALONE, Processes, join
-from wide.recorders import Angles, Changes, KeptParameters, Recorder
+from wide.recorders import Angles, Changes, Gaps, KeptParameters, Recorder
 from wide.rules import RULES
 from wide.runs import Run, RunFolder, effective_batch
 from wide.tasks import Task
@@ -149,6 +149,8 @@ class Study:
             found += [Angles(), Changes()]
         if self.subject.scored:
             found.append(AlignmentScores(self.subject.image_size, record.score_epochs))
+        if self.experiment.compared:
+            found.append(Gaps(self.experiment.compared))
         if self.kept_epochs:
             found.append(KeptParameters(self.kept_epochs))
         return found

@@ -203,6 +203,18 @@ class Training:
                 averages.add(self.task.measures(self.seen(outputs, inputs), targets), len(targets))
         return averages.values(self.processes)
 
+    @torch.no_grad()
+    def outputs(self, split: str) -> Tensor:
+        """What the loss would see for a split, in its own order, as far as it makes whole batches."""
+        self.rule.eval()
+        batches = list(self._batches(np.arange(self.task.size(self.run, split))))
+        found = []
+        for inputs, _ in self.task.batches(self.run, split, batches, self.epoch):
+            with self.autocast():
+                outputs = self.rule(inputs)
+            found.append(self.seen(outputs, inputs))
+        return torch.cat(found)
+
     def train_epoch(self, evaluate: bool = True) -> dict[str, float | None]:
         """Train for an epoch and evaluate.
 
