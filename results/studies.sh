@@ -4,6 +4,10 @@
 # (DATA: folder with kmnist/ and cifar-10-batches-bin/)
 # To train only what results/ lacks: cp -r results/add results/cifar results/kmnist OUTPUTS   first.
 DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}
+python3 train_kmnist.py 1 --network mlp --rules backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror --widths 64 1024 --learning-rates 5 2 1 10 --seeds 99 --epochs 50 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 1 --network mlp --rules backprop align_ada align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror --learning-rates 5 --widths 16 32 64 128 256 512 1024 --seeds 99 100 101 102 103 --epochs 50 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 1 --network mlp --rules align_zero --learning-rates 2 --widths 16 32 64 128 256 512 1024 --seeds 99 100 101 102 103 --epochs 50 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"
+python3 train_kmnist.py 1 --network mlp --rules align_zero --learning-rates 5 --widths 16 32 64 128 256 512 1024 --seeds 99 100 101 102 103 --epochs 50 --evaluate-every 10 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_kmnist.py 1 --rules backprop align_ada align_zero align_prop fa dfa last_layer --widths 8 16 32 --learning-rates 5 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_kmnist.py 1 --rules backprop align_ada --widths 64 --learning-rates 5 --data-dir "$DATA" --outputs "$OUTPUTS"
 python3 train_kmnist.py 1 --rules backprop align_ada align_zero --widths 8 16 32 64 --learning-rates 5 --epochs 20 --seeds 99 100 101 --data-dir "$DATA" --outputs "$OUTPUTS"

@@ -341,8 +341,8 @@ def test_a_figure_has_three_points_at_least():
 
 
 def test_gaps_of_the_headline_are_those_of_each_seed():
-    values = {"backprop": {8: {1: 50.0, 2: 60.0}}, "fa": {8: {2: 40.0, 3: 10.0}, 16: {1: 30.0}}}
-    assert headline.gaps(values) == {"fa": {8: {2: 20.0}}}
+    values = {"Backprop": {8: {1: 50.0, 2: 60.0}}, "FA": {8: {2: 40.0, 3: 10.0}, 16: {1: 30.0}}}
+    assert headline.gaps(values) == {"FA": {8: {2: 20.0}}}
 
 
 def test_results_are_small():

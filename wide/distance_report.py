@@ -18,7 +18,7 @@ as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random 
 backprop.
 
 The outputs themselves change by a number of order 1, and so do not vanish against their start; two rules whose
-updates differ by a relative 1/sqrt(n) end at outputs that differ by 1/sqrt(n): the mean squared distance falls like 1/n.
+updates differ by a relative 1/sqrt(n) end at outputs that differ by 1/sqrt(n): the mean square falls like 1/n.
 A share of flipped units counts there as it is, and not as its root: an output sums over all of them.
 
 All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.

@@ -50,13 +50,17 @@ def bars_text(counts: Collection[int]) -> str:
     return f"bars: standard deviation over n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}"
 
 
-def line(panel, rule: str, points: Sequence[tuple[float, float, float, int]]) -> None:
-    """A rule's line through points (x, value, spread, number of runs), with bars where there is a spread."""
+def line(panel, rule: str, points: Sequence[tuple[float, float, float, int]], **style) -> None:
+    """A rule's line through points (x, value, spread, number of runs), with bars where there is a spread.
+
+    Args:
+        style: what is not as in the rule's own, its label among it.
+    """
     if not points:
         return
     x, y, spread, _ = zip(*points, strict=True)
     spec = RULES[rule]
-    panel.plot(x, y, label=spec.title, markersize=5, **spec.style)
+    panel.plot(x, y, **({"label": spec.title, "markersize": 5} | spec.style | style))
     single = [(place, value) for place, value, _, count in points if count == 1]
     if single:
         hollow(panel, *zip(*single, strict=True), rule)

@@ -5,36 +5,44 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 from wide import intervals, judging
-from wide.claims import CENTRED, PLAIN
+from wide.claims import AT_5, CENTRED, PLAIN
 from wide.drawing import AXIS_LABELS, GREY, bars_text, beside, legend, line, logarithmic, panels, plain, save
 from wide.judging import Setting
-from wide.results import Kept
+from wide.results import SEVEN, Kept
 from wide.rules import RULES
 
-SHOWN = ("backprop", "align_prop", "align_ada", "align_zero", "fa", "dfa", "last_layer")
+# Lines and rows: what they are called, the rule, and where its rate is not the chosen one, that and how it is drawn.
+SHOWN = (*((RULES[rule].title, rule) for rule in SEVEN.split()), (OTHER := "Align-zero, rate 5", "align_zero"))
+BACKPROP = RULES["backprop"].title
 STYLES = ((0, (1, 1)), "--", "-")  # of the baselines, from the worst
 
-Values = Mapping[str, Mapping[int, Mapping[int, float]]]  # test accuracy in percent: {rule: {width: {seed: value}}}
+Values = Mapping[str, Mapping[int, Mapping[int, float]]]  # test accuracy in percent: {name: {width: {seed: value}}}
 
 
 def accuracies(setting: Setting, kept: list[Kept]) -> Values:
+    chosen, other = by_rule(setting, kept), by_rule(AT_5, kept) if setting is PLAIN else {}
+    found = {name: (other if name == OTHER else chosen).get(rule) for name, rule in SHOWN}
+    return {name: row for name, row in found.items() if row}
+
+
+def by_rule(setting: Setting, kept: list[Kept]) -> dict[str, dict[int, dict[int, float]]]:
     found: dict[str, dict[int, dict[int, float]]] = {}
     for (rule, width, seed), value in sorted(setting.values(kept).items()):
         found.setdefault(rule, {}).setdefault(width, {})[seed] = value
-    return {rule: found[rule] for rule in SHOWN if rule in found}
+    return found
 
 
 def gaps(values: Values) -> Values:
     """Points behind backprop, of the seeds that both have."""
-    backprop = values.get("backprop", {})
+    backprop = values.get(BACKPROP, {})
     return {
-        rule: {
+        name: {
             width: common
             for width, seeds in row.items()
             if (common := {s: backprop[width][s] - v for s, v in seeds.items() if s in backprop.get(width, {})})
         }
-        for rule, row in values.items()
-        if rule != "backprop"
+        for name, row in values.items()
+        if name != BACKPROP
     }
 
 
@@ -63,13 +71,13 @@ def draw(file: BinaryIO, kept: list[Kept], baselines: Mapping[str, float]) -> No
 def _draw(panel, rows: Values) -> set[int]:
     """A line per rule; returns the numbers of seeds."""
     widths = sorted({width for row in rows.values() for width in row})
-    for number, (rule, row) in enumerate(rows.items()):
+    for number, (name, row) in enumerate(rows.items()):
         points = []
         for x, width in zip(beside(sorted(row), number / len(rows), widths), sorted(row), strict=True):
             values = row[width].values()
             spread = statistics.stdev(values) if len(values) > 1 else 0
             points.append((x, statistics.fmean(values), spread, len(values)))
-        line(panel, rule, points)
+        line(panel, dict(SHOWN)[name], points, label=name, **({"linestyle": ":"} if name == OTHER else {}))
     if widths:
         logarithmic(panel, widths, AXIS_LABELS["width"])
     plain(panel)
@@ -107,7 +115,7 @@ def section(kept: list[Kept], baselines: Mapping[str, float]) -> str:
     """For the README: findings, figure, table."""
     sentences = [text for setting in (PLAIN, CENTRED) if (text := findings(setting, kept))]
     figure = "![Test accuracy and gap to backprop against width](docs/accuracy.png)"
-    return "\n\n".join([" ".join(sentences), figure, table(kept, baselines)])
+    return "\n\n".join([*sentences, figure, table(kept, baselines)])
 
 
 def table(kept: list[Kept], baselines: Mapping[str, float]) -> str:
@@ -121,8 +129,8 @@ def table(kept: list[Kept], baselines: Mapping[str, float]) -> str:
         "| | " + " | ".join(f"width {width}" for width in widths) + " |",
         "|---" * (1 + len(widths)) + "|",
     ]
-    for rule, row in values.items():
-        lines.append(f"| {RULES[rule].title} | " + " | ".join(_cell(row.get(width, {})) for width in widths) + " |")
+    for name, row in values.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(row.get(width, {})) for width in widths) + " |")
     below = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
     return "\n".join([*lines, "", f"On the same images: {below}."])
 

@@ -85,8 +85,8 @@ def _anywhere(run: Run) -> Run:
     return dataclasses.replace(run, timed_on=None)
 
 
-# The learning rate of every rule on fully connected networks, chosen by the rule that docs/rates.md states.
-RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0)
+# The learning rate of every rule on fully connected networks, chosen as wide/rates.py says.
+RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0) | {"align_zero": 2.0}
 CENTRED_RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0)
 MLP = "train_kmnist.py 1 --network mlp"
 FIFTY = f"--epochs 50 --evaluate-every 10{DATA}"
@@ -114,6 +114,10 @@ STUDIES = (
     *by_rate(
         "mlp_width", "fully connected: accuracy against width, 50 epochs", RATES,
         f"--widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
+    ),
+    Study(
+        "mlp_width_align_zero", "fully connected: Align-zero at the rate of the others, 50 epochs",
+        f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
     ),
     *by_rate(
         "mlp_wide", "fully connected: accuracy at width 2048, 50 epochs", RATES,
