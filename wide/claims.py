@@ -47,6 +47,7 @@ ADDS = tuple(
     )
     for variant in ("published", "corrected")
 )  # fmt: skip
+LAST_ADDS = tuple(dataclasses.replace(one, title=f"{one.title}, last epoch", last=True) for one in ADDS)
 IMAGES = (PLAIN, CENTRED, KMNIST, CIFAR)
 ACCURACIES = (PLAIN, CENTRED, KMNIST, EARLY, CIFAR, EARLY_CIFAR)
 PAIR = {"rule": "pair", "data_limit": None, "precision": "fp32"}
@@ -149,7 +150,7 @@ def approach(kept: list[Kept]) -> list[Figure]:
 
 
 def comparable(kept: list[Kept]) -> list[Figure]:
-    places = [(setting, rule) for setting in (*ACCURACIES, *ADDS) for rule in ("align_ada", "align_zero")]
+    places = [(setting, rule) for setting in (*ACCURACIES, *ADDS, *LAST_ADDS) for rule in ("align_ada", "align_zero")]
     return [behind(setting, kept, (rule, "backprop")) for setting, rule in [*places, (AT_5, "align_zero")]]
 
 

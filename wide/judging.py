@@ -30,8 +30,9 @@ RULES_OF_JUDGING = f"""\
   alike, it cannot be told.
 - Widths are those at which every compared rule has at least three common seeds; "the widest" is the largest of them.
   Slopes are over all widths at which no compared run diverged, and need two.
-- Accuracies are test accuracies after the last epoch, losses the lowest test loss of any epoch, as published. A run
-  that diverged counts as guessing; one failed that diverged or ends no better than guessing.
+- Accuracies are test accuracies after the last epoch, losses the lowest test loss of any epoch, as published
+  ("last epoch": that after the last, which no choice has made lower). A run that diverged counts as guessing; one
+  failed that diverged or ends no better than guessing.
 - A rule is comparable to another if it is at most {MARGIN:g} points behind (Add: its loss at most {RATIO:g}
   times as large).
 - bf16 does no harm if accuracies stay within {MARGIN:g} points of those in fp32, angles within {MARGIN:g} degrees,
@@ -47,12 +48,14 @@ class Setting:
     Args:
         fields: but rule, width and seed.
         loss: whether test_loss is what counts, and not test_accuracy.
+        last: whether it counts after the last epoch, and not at its lowest.
     """
 
     title: str
     fields: Mapping[str, object]
     epochs: int
     loss: bool = False
+    last: bool = False
 
     @functools.cached_property
     def chance(self) -> float:
@@ -78,7 +81,7 @@ class Setting:
             return self.chance
         rows = one.rows[: self.epochs]
         if self.loss:
-            return math.log(min(row["test_loss"] for row in rows))
+            return math.log(rows[-1]["test_loss"] if self.last else min(row["test_loss"] for row in rows))
         if rows[-1]["test_accuracy"] is None:
             raise UserError(f"{one.folder.path} was not evaluated after epoch {len(rows)}; take it out of results/")
         return 100 * rows[-1]["test_accuracy"]

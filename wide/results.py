@@ -386,11 +386,12 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         if path.stem not in {study.name for study in STUDIES} | {baselines.PATH.stem}:
             path.unlink()
     for study in STUDIES:
-        here = {one.run for one in study.done(kept)} & set(study.grid.runs)  # times: those of this machine
-        if not here:
+        # Of times those of this machine.
+        found = [one for one in study.done(kept) if one.run in set(study.grid.runs)]
+        if not found:
             continue
         options = dataclasses.replace(study.grid.options, outputs=results)
-        grid = dataclasses.replace(study.grid, experiment=_trimmed(study.grid, here), options=options)
+        grid = dataclasses.replace(study.grid, experiment=_trimmed(study.grid, found), options=options)
         grid.experiment.report.write(grid)
         for suffix in (".csv", ".md", ".png"):
             target = results / "reports" / (study.name + suffix)
@@ -398,22 +399,22 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
                 target.unlink(missing_ok=True)
                 if (source := grid.report_path.with_suffix(suffix)).exists():
                     os.replace(source, target)
-            if not _makes_lines(grid):
+            if not makes_lines(grid, found):
                 target.with_suffix(".png").unlink(missing_ok=True)
 
 
-def _makes_lines(grid: Grid) -> bool:
-    """Whether its figure has lines of three points at least, or none."""
+def makes_lines(grid: Grid, found: list[Kept]) -> bool:
+    """Whether its figure has lines of three points at least, or is of another kind."""
     view = grid.experiment.view
     in_lines = isinstance(grid.experiment.report, TableReport) and view.figure in ("lines", "gap", "timing")
-    return not in_lines or len({getattr(run, view.against) for run in grid.runs}) >= 3
+    return not in_lines or len({getattr(one.run, view.against) for one in found if not one.diverged(grid.epochs)}) >= 3
 
 
-def _trimmed(grid: Grid, here: set[Run]):
+def _trimmed(grid: Grid, found: list[Kept]):
     """The experiment with the values alone for which there are runs."""
     axes = {"rules": "rule", "widths": "width", "learning_rates": "learning_rate", "seeds": "seed"}
     axes["data_limits"] = "data_limit"
-    there = {axis: {getattr(run, field) for run in here} for axis, field in axes.items()}
+    there = {axis: {getattr(one.run, field) for one in found} for axis, field in axes.items()}
     kept = {axis: tuple(v for v in getattr(grid.experiment, axis) if v in there[axis]) for axis in axes}
     return dataclasses.replace(grid.experiment, **kept)
 
