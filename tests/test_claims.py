@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from running import ROOT, script
 
-from wide import UserError, claims, claims_page, headline, judging, rates, results
+from wide import UserError, claims, claims_page, headline, judging, rates, results, studies
 from wide.collecting import texts
 from wide.judging import DOES_NOT, HOLDS, UNTOLD
 from wide.runs import Run, RunFolder
@@ -276,7 +276,7 @@ def test_a_verdict_is_of_all_figures_that_decide():
     assert claim.verdict([missing]) == UNTOLD
 
 
-RATE_STUDY = results.Study(
+RATE_STUDY = studies.Study(
     "rates", "", "train_kmnist.py 1 --rules backprop fa --widths 8 32 --learning-rates 1 2 5 --seeds 1"
 )
 
@@ -317,19 +317,19 @@ def test_no_rate_is_chosen_before_all_are_tried(tmp_path):
 
 def test_the_rates_in_use_are_those_that_the_rule_chooses():
     """As far as results/ has what is needed to choose."""
-    kept, studies = results.read(ROOT / "results"), {study.name: study for study in results.STUDIES}
-    for name, used in (("mlp_rates", results.RATES), ("mlp_centred_rates", results.CENTRED_RATES)):
-        widths = studies[name].grid.experiment.widths
-        for rule, row in rates.tried(studies[name], kept).items():
-            if len(row) == len(studies[name].grid.experiment.learning_rates):
+    kept, named = results.read(ROOT / "results"), {study.name: study for study in studies.STUDIES}
+    for name, used in (("mlp_rates", studies.RATES), ("mlp_centred_rates", studies.CENTRED_RATES)):
+        widths = named[name].grid.experiment.widths
+        for rule, row in rates.tried(named[name], kept).items():
+            if len(row) == len(named[name].grid.experiment.learning_rates):
                 assert rates.chosen(row, widths) in (used[rule], None), rule
 
 
 def test_studies_say_how_much_of_them_is_done():
     kept = results.read(ROOT / "results")
     page, script = results.page(ROOT / "results", kept), results.commands(kept)
-    for study in results.STUDIES:
-        done = study.done(kept)
+    for study in studies.STUDIES:
+        done = results.done(study, kept)
         assert (f"| {study.name} | " in page) == bool(done or study.grid.runs)
         assert (study.command.replace(" DATA", ' "$DATA"') in script) == bool(done)
     # Of a time there is a run on each machine.

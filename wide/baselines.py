@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from wide.datasets import ImageDataset, Split
 from wide.files import csv_text, replace_text, writing
+from wide.studies import ROOT
 
-PATH = Path(__file__).parents[1] / "results" / "reports" / "kmnist_baselines.csv"
+PATH = ROOT / "results" / "reports" / "kmnist_baselines.csv"
 PENALTIES = [10.0**k for k in range(-4, 5)]  # times the number of images
 Rows = list[dict[str, object]]
 

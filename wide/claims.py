@@ -23,8 +23,9 @@ from wide.judging import (
     over_widths,
     unit,
 )
-from wide.results import CENTRED_RATES, LITTLE, RATES, Kept
+from wide.results import Kept
 from wide.rules import RULES
+from wide.studies import CENTRED_RATES, LITTLE, RATES
 
 PRECISION_RULES = ("backprop", "align_ada", "align_zero", "fa", "dfa", "last_layer")
 TRAINED = {"parameterisation": "ntk", "optimizer": "sgd", "timed_on": None, "precision": "fp32"}

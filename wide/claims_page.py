@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from wide.claims import CLAIMS
 from wide.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure
 from wide.rates import table as rates_table
-from wide.results import CENTRED_RATES, DATASETS, RATES, STUDIES, Kept
+from wide.results import DATASETS, Kept, done
+from wide.studies import CENTRED_RATES, RATES, STUDIES
 
 SHOWN = 4  # figures in a row of the first page
 
@@ -81,7 +82,7 @@ def rates(kept: list[Kept]) -> list[str]:
     for name, used in (("mlp_rates", RATES), ("mlp_centred_rates", CENTRED_RATES)):
         study = studies[name]
         widths = " and ".join(map(str, study.grid.experiment.widths))
-        if study.done(kept):
+        if done(study, kept):
             lines += ["", f"{study.title}, widths {widths}:", "", *rates_table(study, kept, used)]
     return lines
 

@@ -7,7 +7,6 @@ from wide import UserError, baselines, claims_page, headline
 from wide.command_line import Parser, exit_status
 from wide.files import replace, writing
 from wide.results import (
-    ROOT,
     Kept,
     commands,
     copy_finished,
@@ -17,6 +16,7 @@ from wide.results import (
     write_page,
     write_reports,
 )
+from wide.studies import ROOT
 
 START, END = "<!-- made by collect_results.py: start -->", "<!-- made by collect_results.py: end -->"
 

@@ -8,8 +8,9 @@ from wide import intervals, judging
 from wide.claims import AT_5, CENTRED, PLAIN
 from wide.drawing import AXIS_LABELS, GREY, bars_text, beside, legend, line, logarithmic, panels, plain, save
 from wide.judging import Setting
-from wide.results import SEVEN, Kept
+from wide.results import Kept
 from wide.rules import RULES
+from wide.studies import SEVEN
 
 # Lines and rows: what they are called, the rule, and where its rate is not the chosen one, that and how it is drawn.
 SHOWN = (*((RULES[rule].title, rule) for rule in SEVEN.split()), (OTHER := "Align-zero, rate 5", "align_zero"))

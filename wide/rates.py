@@ -8,8 +8,9 @@ that no curve mixes them.
 import statistics
 from collections.abc import Mapping
 
-from wide.results import Kept, Study
+from wide.results import Kept, done
 from wide.rules import RULES
+from wide.studies import Study
 
 Tried = Mapping[str, Mapping[float, Mapping[int, float | None]]]
 
@@ -17,7 +18,7 @@ Tried = Mapping[str, Mapping[float, Mapping[int, float | None]]]
 def tried(study: Study, kept: list[Kept]) -> Tried:
     """Validation accuracy in percent, {rule: {rate: {width: accuracy}}}; None where training diverged."""
     found: dict[str, dict[float, dict[int, float | None]]] = {}
-    for one in study.done(kept):
+    for one in done(study, kept):
         last = one.rows[study.grid.epochs - 1 :]
         value = None if one.diverged(study.grid.epochs) else 100 * last[0]["validation_accuracy"]
         found.setdefault(one.run.rule, {}).setdefault(one.run.learning_rate, {})[one.run.width] = value
