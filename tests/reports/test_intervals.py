@@ -8,7 +8,7 @@ from wide.reports import intervals
 
 def test_of_a_mean():
     values = [1.0, 2.0, 6.0]
-    half = 4.303 * 7**0.5 / 3**0.5  # the variance is 7
+    half = 4.302653 * 7**0.5 / 3**0.5  # the variance is 7
     assert intervals.of_mean(values) == pytest.approx((3, 3 - half, 3 + half))
 
 

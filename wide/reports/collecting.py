@@ -1,11 +1,11 @@
 """Making all that is shown of results/: see collect_results.py."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from wide import UserError
-from wide.reports import claims
+from wide import UserError, baselines, claims_page, headline
+from wide.command_line import Parser, carry_out
 from wide.reports.results import (
-    ROOT,
     Kept,
     commands,
     copy_finished,
@@ -16,8 +16,16 @@ from wide.reports.results import (
     write_reports,
 )
 from wide.runs.files import replace, writing
+from wide.studies import ROOT
 
 START, END = "<!-- made by collect_results.py: start -->", "<!-- made by collect_results.py: end -->"
+
+
+def main(description: str, argv: Sequence[str] | None = None) -> int:
+    """Run the command line of collect_results.py, and return its exit status."""
+    parser = Parser(description=description.strip())
+    parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
+    return carry_out(parser, argv, lambda arguments: print(collect(arguments.outputs)))
 
 
 def collect(outputs: Path | None, root: Path = ROOT) -> str:
@@ -38,7 +46,8 @@ def collect(outputs: Path | None, root: Path = ROOT) -> str:
     for path, text in texts(root, kept).items():
         write_page(path, text)
     with writing(root / "docs"):
-        replace(root / "docs" / "accuracy.png", lambda file: claims.draw_headline(file, kept))
+        beaten = baselines.read(baselines.PATH)
+        replace(root / "docs" / "accuracy.png", lambda file: headline.draw(file, kept, beaten))
     require_small(results)
     return f"{copied} runs copied; {len(kept)} runs in {results}"
 
@@ -50,10 +59,12 @@ def texts(root: Path, kept: list[Kept]) -> dict[Path, str]:
     _, _, after = rest.partition(END)
     if not after:
         raise UserError(f"{root / 'README.md'} lacks the lines between which the table of results goes: {START}, {END}")
-    table = claims.headline_table(kept)
+    table = headline.section(kept, baselines.read(baselines.PATH))
+    overview, details = claims_page.pages(kept)
     return {
         root / "results" / "README.md": page(root / "results", kept),
-        root / "results" / "studies.sh": commands(),
-        root / "docs" / "claims.md": claims.page(kept),
+        root / "results" / "studies.sh": commands(kept),
+        root / "docs" / "claims.md": overview,
+        root / "docs" / "claims_in_detail.md": details,
         root / "README.md": f"{before}{START}\n{table}\n{END}{after}",
     }
