@@ -13,8 +13,8 @@ if __name__ == "__main__":
     install_excepthook()
 
 from setup_kmnist import KMNIST
-from wide.baselines import PATH, baselines, write
 from wide.command_line import Parser, carry_out
+from wide.results.baselines import PATH, baselines, write
 
 
 def main(argv: list[str] | None = None) -> int:

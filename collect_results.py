@@ -2,8 +2,8 @@
 
     python3 collect_results.py [--from outputs]
 
-Runs of the studies in wide/studies.py are copied without their checkpoints, but those of headline runs. Nothing is
-trained.
+Runs of the studies in wide/results/studies.py are copied without their checkpoints, but those of headline runs. Nothing
+is trained.
 """
 
 import sys
@@ -13,7 +13,7 @@ from wide import install_excepthook
 if __name__ == "__main__":
     install_excepthook()
 
-from wide.reports.collecting import main
+from wide.results.collecting import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from wide import baselines, headline
 from wide.data.datasets import Split
-from wide.reports import claims, intervals
+from wide.results import baselines, claims, headline, intervals
 from wide.runs.run import Run
 
 

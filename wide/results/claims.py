@@ -1,11 +1,15 @@
-"""The paper's claims, and the figures of each from the runs in results/. How they are judged: wide/judging.py."""
+"""The paper's claims, and the figures of each from the runs in results/. How they are judged: judging.py."""
 
 import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
 
-from wide.judging import (
+from wide.models.rules import RULES
+from wide.reports.distance_report import read_distances
+from wide.reports.distances import ACTIVITY, AFTER, ANGLE, GAP, WEIGHT
+from wide.results import intervals
+from wide.results.judging import (
     LEAST_SEEDS,
     MARGIN,
     SCORE_MARGIN,
@@ -21,12 +25,8 @@ from wide.judging import (
     over_widths,
     unit,
 )
-from wide.models.rules import RULES
-from wide.reports import intervals
-from wide.reports.distance_report import read_distances
-from wide.reports.distances import ACTIVITY, AFTER, ANGLE, GAP, WEIGHT
-from wide.reports.results import Kept
-from wide.studies import CENTRED_RATES, LITTLE, RATES
+from wide.results.keeping import Kept
+from wide.results.studies import CENTRED_RATES, LITTLE, RATES
 
 PRECISION_RULES = ("backprop", "align_ada", "align_zero", "fa", "dfa", "last_layer")
 TRAINED = {"parameterisation": "ntk", "optimizer": "sgd", "timed_on": None, "precision": "fp32"}

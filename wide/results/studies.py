@@ -1,4 +1,4 @@
-"""What is studied: every study is a command, and the runs that it would train. What is here: wide/results/kept.py."""
+"""What is studied: every study is a command, and the runs that it would train. What is here: keeping.py."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from wide.command_line import asked
 from wide.grids.study import Machine
 from wide.grids.study import Study as Grid
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = " --data-dir DATA"  # in commands: the folder of the data
 ALL = "backprop align_ada align_zero align_prop fa dfa last_layer sign_symmetry kolen_pollack weight_mirror"
 SEVEN = "backprop align_ada align_zero align_prop fa dfa last_layer"
@@ -45,7 +45,7 @@ class Study:
         return Grid.of(module.SUBJECT, module.EXPERIMENTS, options, Machine.alone(options))
 
 
-# The learning rate of every rule on fully connected networks, chosen as wide/rates.py says.
+# The learning rate of every rule on fully connected networks, chosen as wide/results/rates.py says.
 RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0) | {"align_zero": 2.0}
 CENTRED_RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0)
 MLP = "train_kmnist.py 1 --network mlp"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from running import ROOT, script
 
-from wide import UserError, claims_page, headline, judging, rates, studies
-from wide.judging import DOES_NOT, HOLDS, UNTOLD
-from wide.reports import claims, results
-from wide.reports.collecting import texts
+from wide import UserError
+from wide.results import claims, claims_page, headline, judging, keeping, rates, studies
+from wide.results.collecting import texts
+from wide.results.judging import DOES_NOT, HOLDS, UNTOLD
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run
 
@@ -49,11 +49,11 @@ def approaching(rule, width, seed):
 
 
 def verdicts(folder, figures):
-    return [(part.verdict, part) for part in figures(results.read(folder)) if part.what.startswith("KMNIST: Align-ada")]
+    return [(part.verdict, part) for part in figures(keeping.read(folder)) if part.what.startswith("KMNIST: Align-ada")]
 
 
 def test_the_pages_are_what_the_command_makes():
-    kept = results.read(ROOT / "results")
+    kept = keeping.read(ROOT / "results")
     assert len(kept) > 100
     for path, text in texts(ROOT, kept).items():
         assert path.read_text(encoding="utf-8") == text, path
@@ -111,7 +111,7 @@ def test_bf16_is_compared_run_by_run(tmp_path, harm, verdict):
             angles = [f"{epoch},blocks.0.layer,{60 + seed + lost},50" for epoch in (9, 10, 11)]
             header = "epoch,layer,degrees_to_backprop,degrees_feedback_to_weight"
             (path / "angles.csv").write_text("\n".join([header, *angles, ""]))
-    figures = {part.what.partition(":")[2]: part for part in claims.in_bf16(results.read(tmp_path)) if part.values}
+    figures = {part.what.partition(":")[2]: part for part in claims.in_bf16(keeping.read(tmp_path)) if part.values}
     accuracy, angle = figures.values()
     assert next(iter(figures)) == " FA, test accuracy, points: bf16 less fp32, at width 8"
     assert accuracy.values == pytest.approx((0.1 - harm, -harm, -harm - 0.1))
@@ -125,7 +125,7 @@ def test_other_numbers_give_other_verdicts(tmp_path):
         path.write_text(re.sub(r"^(100,.*),0\.7\d*,1\.5$", r"\1,0.3,1.5", path.read_text(), flags=re.MULTILINE))
     ((verdict, _),) = verdicts(tmp_path, claims.approach)
     assert verdict == DOES_NOT
-    _, details = claims_page.pages(results.read(tmp_path))
+    _, details = claims_page.pages(keeping.read(tmp_path))
     assert "does not hold here" in details
 
 
@@ -149,7 +149,7 @@ def test_diverged_runs_are_guessing_and_their_widths_are_in_no_slope(tmp_path):
     grid(tmp_path, approaching)
     for path in tmp_path.glob("kmnist/*align_ada-width8-*seed1*/metrics.csv"):
         path.write_text(re.sub(r"^(\d+),[\d.]+,", r"\1,nan,", path.read_text(), flags=re.MULTILINE))
-    kept = results.read(tmp_path)
+    kept = keeping.read(tmp_path)
     (value,) = [value for place, value in claims.KMNIST.values(kept).items() if place == ("align_ada", 8, 1)]
     assert value == claims.KMNIST.chance == 10
     ((_, slope),) = verdicts(tmp_path, claims.approach)
@@ -166,7 +166,7 @@ def test_two_runs_of_one_rule_width_and_seed_are_refused(tmp_path):
     )
     finish(tmp_path, Run(rule="backprop", width=8, seed=1, precision="bf16", **KMNIST), [0.5])
     with pytest.raises(UserError, match="keep one of each"):
-        setting.values(results.read(tmp_path))
+        setting.values(keeping.read(tmp_path))
 
 
 def test_premises_are_no_part_of_the_count():
@@ -193,7 +193,7 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
     grid(tmp_path, approaching)
     finish(tmp_path, Run(rule="fa", width=8, seed=1, **KMNIST), [0.5], data="other")
     with pytest.raises(UserError, match="different data"):
-        claims_page.pages(results.read(tmp_path))
+        claims_page.pages(keeping.read(tmp_path))
 
 
 def test_without_runs_nothing_can_be_told():
@@ -211,13 +211,13 @@ def test_collecting_keeps_what_is_finished(tmp_path):
     unfinished = finish(outputs, dataclasses.replace(run, width=64), [0.5])
     metrics = unfinished / "metrics.csv"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:10]))
-    assert results.copy_finished(outputs, kept) == 2
+    assert keeping.copy_finished(outputs, kept) == 2
     files = {str(file.relative_to(kept / "kmnist")) for file in kept.rglob("*.*")}
     assert files == {
         *(f"{run.name}/{file}" for file in ("config.json", "metrics.csv", "checkpoint.pt")),
         *(f"{other.name}/{file}" for file in ("config.json", "metrics.csv")),
     }
-    assert results.copy_finished(outputs, kept) == 0
+    assert keeping.copy_finished(outputs, kept) == 0
 
 
 def test_a_finished_study_prints_its_table_and_trains_nothing(tmp_path):
@@ -253,15 +253,15 @@ def test_losses_are_compared_as_ratios(tmp_path):
             lowest = factor * (1 + 0.01 * (seed - 2) * (rule == "align_ada"))
             rows = ["epoch,train_loss,test_loss,seconds", f"1,1,{lowest!r},1", f"2,1,{2 * lowest!r},1"]
             (path / "metrics.csv").write_text("\n".join([*rows, ""]))
-    figure = judging.behind(setting, results.read(tmp_path), ("align_ada", "backprop"))
+    figure = judging.behind(setting, keeping.read(tmp_path), ("align_ada", "backprop"))
     assert figure.verdict == DOES_NOT
     assert figure.text.startswith("1.5 [1.4")
     assert figure.why == "the interval is not below 1.1"
-    last = judging.behind(dataclasses.replace(setting, last=True), results.read(tmp_path), ("align_ada", "backprop"))
+    last = judging.behind(dataclasses.replace(setting, last=True), keeping.read(tmp_path), ("align_ada", "backprop"))
     assert last.values == pytest.approx(figure.values)  # twice as large, both of them
     for path in tmp_path.glob("add/*backprop*/metrics.csv"):
         path.write_text(path.read_text().replace("2,1,2.0,1", "2,1,1.0,1"))
-    last = judging.behind(dataclasses.replace(setting, last=True), results.read(tmp_path), ("align_ada", "backprop"))
+    last = judging.behind(dataclasses.replace(setting, last=True), keeping.read(tmp_path), ("align_ada", "backprop"))
     assert last.text.startswith("3 [2.9")
 
 
@@ -292,7 +292,7 @@ def tried(folder, accuracies):
             loss = "nan" if accuracy is None else "0.1"
             end = f"\n100,{loss},0.5,{accuracy or 0.1},0.3,1.5\n"
             (path / "metrics.csv").write_text(re.sub(r"\n100,.*\n", end, text))
-    return rates.tried(RATE_STUDY, results.read(folder))["fa"]
+    return rates.tried(RATE_STUDY, keeping.read(folder))["fa"]
 
 
 @pytest.mark.parametrize(
@@ -314,12 +314,12 @@ def test_no_rate_is_chosen_before_all_are_tried(tmp_path):
     tried(tmp_path, {2.0: (0.5, 0.4), 5.0: (0.6, 0.2)})
     path = next(tmp_path.glob("kmnist/*width8-lr2-*"))
     shutil.rmtree(path)
-    assert rates.chosen(rates.tried(RATE_STUDY, results.read(tmp_path))["fa"], (8, 32)) is None
+    assert rates.chosen(rates.tried(RATE_STUDY, keeping.read(tmp_path))["fa"], (8, 32)) is None
 
 
 def test_the_rates_in_use_are_those_that_the_rule_chooses():
     """As far as results/ has what is needed to choose."""
-    kept, named = results.read(ROOT / "results"), {study.name: study for study in studies.STUDIES}
+    kept, named = keeping.read(ROOT / "results"), {study.name: study for study in studies.STUDIES}
     for name, used in (("mlp_rates", studies.RATES), ("mlp_centred_rates", studies.CENTRED_RATES)):
         widths = named[name].grid.experiment.widths
         for rule, row in rates.tried(named[name], kept).items():
@@ -328,10 +328,10 @@ def test_the_rates_in_use_are_those_that_the_rule_chooses():
 
 
 def test_studies_say_how_much_of_them_is_done():
-    kept = results.read(ROOT / "results")
-    page, script = results.page(ROOT / "results", kept), results.commands(kept)
+    kept = keeping.read(ROOT / "results")
+    page, script = keeping.page(ROOT / "results", kept), keeping.commands(kept)
     for study in studies.STUDIES:
-        done = results.done(study, kept)
+        done = keeping.done(study, kept)
         assert (f"| {study.name} | " in page) == bool(done or study.grid.runs)
         assert (study.command.replace(" DATA", ' "$DATA"') in script) == bool(done)
     # Of a time there is a run on each machine.
@@ -353,5 +353,5 @@ def test_gaps_of_the_headline_are_those_of_each_seed():
 
 
 def test_results_are_small():
-    results.require_small(ROOT / "results")
+    keeping.require_small(ROOT / "results")
     assert not list((ROOT / "results").rglob("*.gz"))

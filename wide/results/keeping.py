@@ -1,6 +1,6 @@
 """results/: finished runs that are kept, in the format of outputs/, with reports of them and a page that lists them.
 
-What is studied, by which commands: wide/studies.py. Nothing here trains.
+What is studied, by which commands: wide/results/studies.py. Nothing here trains.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from wide import UserError, baselines
+from wide import UserError
 from wide.grids.study import Study as Grid
 from wide.models.rules import RULES
 from wide.reports.report import TableReport
+from wide.results import baselines
+from wide.results.studies import STUDIES, Study
 from wide.runs.files import replace_text, writing
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.run import Run
-from wide.studies import STUDIES, Study
 
 LIMIT = 25e6  # bytes of results/ in all
 KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv", "gaps.csv")

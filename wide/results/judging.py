@@ -10,8 +10,8 @@ import torch
 
 from wide import UserError
 from wide.models.rules import RULES
-from wide.reports import intervals
-from wide.reports.results import Kept
+from wide.results import intervals
+from wide.results.keeping import Kept
 from wide.training.tasks import AddTask
 
 MARGIN = 2.0  # percentage points, degrees
@@ -117,7 +117,7 @@ class Figure:
         values: of the seeds; empty where runs are missing.
         lower, upper: of the range.
         missing: why there are too few values.
-        estimate: what of the values the figure is, with its interval (wide/reports/intervals.py).
+        estimate: what of the values the figure is, with its interval (wide/results/intervals.py).
         shown: what a value is shown as, such as the ratio whose logarithm it is.
         without_narrowest: of a slope, its values without the narrowest width; they must be judged alike.
         premise: whether the claim says something only if this holds; then it does not count as a part of it.

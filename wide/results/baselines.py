@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from wide.data.datasets import ImageDataset, Split
+from wide.results.studies import ROOT
 from wide.runs.files import csv_text, replace_text, writing
-from wide.studies import ROOT
 
 PATH = ROOT / "results" / "reports" / "kmnist_baselines.csv"
 PENALTIES = [10.0**k for k in range(-4, 5)]  # times the number of images

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-from wide.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure
-from wide.rates import table as rates_table
-from wide.reports.claims import CLAIMS
-from wide.reports.results import DATASETS, Kept, done
-from wide.studies import CENTRED_RATES, RATES, STUDIES
+from wide.results.claims import CLAIMS
+from wide.results.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure
+from wide.results.keeping import DATASETS, Kept, done
+from wide.results.rates import table as rates_table
+from wide.results.studies import CENTRED_RATES, RATES, STUDIES
 
 SHOWN = 4  # figures in a row of the first page
 

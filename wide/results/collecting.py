@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from wide import UserError, baselines, claims_page, headline
+from wide import UserError
 from wide.command_line import Parser, carry_out
-from wide.reports.results import (
+from wide.results import baselines, claims_page, headline
+from wide.results.keeping import (
     Kept,
     commands,
     copy_finished,
@@ -15,8 +16,8 @@ from wide.reports.results import (
     write_page,
     write_reports,
 )
+from wide.results.studies import ROOT
 from wide.runs.files import replace, writing
-from wide.studies import ROOT
 
 START, END = "<!-- made by collect_results.py: start -->", "<!-- made by collect_results.py: end -->"
 

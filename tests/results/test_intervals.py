@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wide.reports import intervals
+from wide.results import intervals
 
 
 def test_of_a_mean():

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Mapping
 
 from wide.models.rules import RULES
-from wide.reports.results import Kept, done
-from wide.studies import Study
+from wide.results.keeping import Kept, done
+from wide.results.studies import Study
 
 Tried = Mapping[str, Mapping[float, Mapping[int, float | None]]]
 

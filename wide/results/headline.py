@@ -4,14 +4,13 @@ import statistics
 from collections.abc import Mapping
 from typing import BinaryIO
 
-from wide import judging
-from wide.judging import Setting
 from wide.models.rules import RULES
-from wide.reports import intervals
-from wide.reports.claims import AT_5, CENTRED, PLAIN
 from wide.reports.drawing import AXIS_LABELS, GREY, bars_text, beside, legend, line, logarithmic, panels, plain, save
-from wide.reports.results import Kept
-from wide.studies import SEVEN
+from wide.results import intervals, judging
+from wide.results.claims import AT_5, CENTRED, PLAIN
+from wide.results.judging import Setting
+from wide.results.keeping import Kept
+from wide.results.studies import SEVEN
 
 # Lines and rows: what they are called, the rule, and where its rate is not the chosen one, that and how it is drawn.
 SHOWN = (*((RULES[rule].title, rule) for rule in SEVEN.split()), (OTHER := "Align-zero, rate 5", "align_zero"))
