@@ -2,7 +2,7 @@
 
     python3 collect_results.py [--from outputs]
 
-Runs of the studies in wide/reports/results.py are copied without their checkpoints, but those of headline runs. Nothing
+Runs of the studies in wide/results/studies.py are copied without their checkpoints, but those of headline runs. Nothing
 is trained.
 """
 
@@ -13,7 +13,7 @@ from wide import install_excepthook
 if __name__ == "__main__":
     install_excepthook()
 
-from wide.command_line import collect
+from wide.results.collecting import main
 
 if __name__ == "__main__":
-    sys.exit(collect(__doc__))
+    sys.exit(main(__doc__))

@@ -62,6 +62,18 @@ EXPERIMENTS = {
         report=DistanceReport(),
         quick={"widths": (8, 16, 32)},
     ),
+    4: Experiment(  # not the paper's; its theorem: in wide networks the rules compute what backprop's network does
+        title="distance of outputs from those of backprop's network against width",
+        rules=("align_ada", "align_zero", "align_prop", "fa", "dfa", "last_layer"),
+        widths=WIDTHS,
+        learning_rates=(5,),
+        epochs=1000,  # of one update each
+        data_limits=(100,),
+        batch_size=100,
+        compared=(1, 10, 100, 1000),
+        report=DistanceReport(),
+        quick={"widths": (8, 16, 32), "epochs": 10},
+    ),
 }
 
 SUBJECT = Subject(

@@ -119,8 +119,8 @@ EXPERIMENT = """EXPERIMENTS = {
 FIGURE = """
 
 def empty_axes(table: Table, references, examples: int):
-    figure, panels = _panels(1)
-    panels[0].set_title(" ".join(RULES[rule].title for rows in table.sections.values() for rule in rows))
+    figure, axes = panels(1)
+    axes[0].set_title(" ".join(RULES[rule].title for rows in table.sections.values() for rule in rows))
     return figure
 
 

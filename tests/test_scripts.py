@@ -183,7 +183,7 @@ def test_diverged_runs_are_recorded_and_the_rest_go_on(tmp_path):
     done = script("train_add.py", 1, *options, "--rules", "backprop")
     assert done.returncode == 0, done.stderr
     assert "diverged at epoch" in done.stdout
-    assert "(lr 0.001)" in done.stdout
+    assert "(lr 0.001 at the edge)" in done.stdout
 
 
 WRONG = {

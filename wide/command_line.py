@@ -16,7 +16,6 @@ from wide.grids.grid import Failures, run
 from wide.grids.study import Machine, Study
 from wide.options import PAPER_SEED, DataOptions, Options, ParallelOptions, RecordOptions, StepOptions
 from wide.printing import lasting
-from wide.reports import collecting
 from wide.training.devices import DEVICES, PRECISIONS
 from wide.training.memory import keep_memory
 from wide.training.processes import leave
@@ -27,7 +26,7 @@ ABSENT = {
     **dict.fromkeys(GRID),
     "variant": None, "workers": None, "profile": False, "batches_per_step": None, "sync_normalisation": False,
     "log_alignment": False, "keep": None, "score_epochs": None, "shuffle_seed": PAPER_SEED, "files": None,
-    "evaluate_every": 1,
+    "evaluate_every": 1, "centred": False,
 }  # fmt: skip
 
 
@@ -71,6 +70,11 @@ def exit_status(program: str, command: Callable[[], Failures]) -> int:
     return 1 if failures else 0
 
 
+def asked(subject: Subject, experiments: Mapping[int, Experiment], argv: Sequence[str]) -> Options:
+    """What a command line asks of a training or alignment script."""
+    return as_options(parse(build_parser("", subject, experiments), experiments, argv), subject)
+
+
 def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
     """A parsed command line as typed values."""
     given = {name: value for name in GRID if (value := vars(arguments)[name]) is not None}
@@ -82,7 +86,9 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
             variant=arguments.variant,
             workers=arguments.workers,
         ),
-        step=StepOptions(arguments.batches_per_step, arguments.sync_normalisation, arguments.weight_decay),
+        step=StepOptions(
+            arguments.batches_per_step, arguments.sync_normalisation, arguments.weight_decay, arguments.centred
+        ),
         record=RecordOptions(
             angles=arguments.log_alignment,
             keep=_unrepeated(arguments.keep),
@@ -125,7 +131,6 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     parser = Parser(
         usage="%(prog)s [NUMBER] [options]",
         description=f"{description.strip()}\n\nexperiments:\n{rows}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(**ABSENT)
     first = "number of the experiment; put it before the options (default 1)"
@@ -191,6 +196,8 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--batch-size", type=positive_int, help=f"examples in a batch (default {subject.batch_size})")
     decay = "decay all weights so (L2; default: none, except kolen_pollack 1e-4)"
     add("--weight-decay", type=non_negative, metavar="D", help=decay)
+    centred = "take the initial function away from outputs: f - f0, with every rule (not in the paper)"
+    add("--centred", action="store_true", help=centred)
     add(
         "--network",
         choices=subject.networks,
@@ -274,15 +281,14 @@ def setup(
     Returns:
         The exit status: 0, or 2 after a one-line message on stderr.
     """
-    parser = argparse.ArgumentParser(description=f"Get {dataset.title}, if it is not there yet, and read it.")
+    parser = Parser(description=f"Get {dataset.title}, if it is not there yet, and read it.")
     parser.add_argument("--data-dir", default="data", help=f"folder that holds {dataset.directory}/ (%(default)s)")
     parser.add_argument("--url", metavar="BASE", default=dataset.url, help="where to download from (%(default)s)")
     if split:
         what = "first split the official test images into training and test files, in FOLDER, which is then read"
         parser.add_argument("--split-test-images", type=Path, metavar="FOLDER", help=what)
 
-    def command() -> Failures:
-        arguments = parser.parse_args(argv)
+    def command(arguments: argparse.Namespace) -> None:
         folder = arguments.data_dir
         if split and arguments.split_test_images:
             folder = split(folder, arguments.url, arguments.split_test_images)
@@ -290,32 +296,32 @@ def setup(
         sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test images"
         print(f"{data.title} in {data.folder}: {sizes} of shape {'x'.join(map(str, data.image_shape))}")
         print(f"fingerprint {data.fingerprint}")
-        return []
 
-    with lasting():
-        return exit_status(parser.prog, command)
+    return carry_out(parser, argv, command)
 
 
-def collect(description: str, argv: Sequence[str] | None = None) -> int:
-    """Run the command line of collect_results.py.
+def carry_out(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], None]
+) -> int:
+    """Do what a command line asks for.
 
     Returns:
         The exit status: 0, or 2 after a one-line message on stderr.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description.strip(), formatter_class=formatter)
-    parser.add_argument("--from", dest="outputs", type=Path, metavar="OUTPUTS", help="folder of finished runs to keep")
 
-    def command() -> Failures:
-        print(collecting.collect(parser.parse_args(argv).outputs))
+    def whole() -> Failures:
+        command(parser.parse_args(argv))
         return []
 
     with lasting():
-        return exit_status(parser.prog, command)
+        return exit_status(parser.prog, whole)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Says in one line what is wrong, and shows a description as it is written."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help says more)\n")

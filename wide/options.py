@@ -30,11 +30,13 @@ class StepOptions:
         decay: of weights, L2 as torch's optimisers take it; None for the rule's own.
         batches: per step, each normalised by itself; None for one per process that trains the run.
         synchronised: a step is one batch, whose parts lie in the processes.
+        centred: outputs are f - f0, f0 the function at the initial parameters.
     """
 
     batches: int | None = None
     synchronised: bool = False
     decay: float | None = None
+    centred: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

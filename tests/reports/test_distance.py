@@ -1,6 +1,7 @@
 """changes.csv, and the experiment that shows distance from theory against width."""
 
 import csv
+import dataclasses
 import math
 
 import pytest
@@ -8,11 +9,15 @@ import torch
 from running import script
 from torch import nn
 
-from wide.reports import figures
-from wide.reports.distance_report import ANGLE, WEIGHT, Distance, make_lines, predicted_slope
+import train_kmnist
+from wide.options import DataOptions
+from wide.reports.distance_report import ANGLE, WEIGHT, Distance, make_lines, predicted_slope, read_distances
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run
+from wide.training.gaps import Gaps
+from wide.training.loop import Training
 from wide.training.recorders import layer_inputs, relative_change
+from wide.training.session import train
 
 
 def test_relative_change():
@@ -62,8 +67,31 @@ def test_the_experiment(kmnist, tmp_path, monkeypatch):
     assert all(float(row["relative_weight_change"]) > 0 for row in recorded)
 
 
-def test_the_figures_of_results_are_drawn(tmp_path):
-    for tables in ({}, {"KMNIST": {"backprop": {8: [30.0, 31.0], 16: [40.0]}, "fa": {8: [20.0]}}}):
-        with open(tmp_path / "figure.png", "wb") as file:
-            figures.draw_accuracies(file, "accuracy", tables)
-        assert (tmp_path / "figure.png").stat().st_size > 3000
+def test_distances_of_outputs_are_from_backprops_network_of_the_same_seed(kmnist, tmp_path):
+    """By an ordinary run of backprop beside; also where the run was interrupted before."""
+    run = Run("kmnist", "mlp", "fa", 8, 2.0, 99, 50, data_limit=100)
+    task = train_kmnist.SUBJECT.task(DataOptions(kmnist), torch.device("cpu"))
+    for epochs in (1, 3):
+        train(task, folder := RunFolder(tmp_path, run), epochs, [Gaps([2, 3])])
+    mine, other = Training(task, run), Training(task, dataclasses.replace(run, rule="backprop"))
+    expected = []
+    for _ in range(3):
+        for training in (mine, other):
+            training.train_epoch()
+        images = task.splits["test"].inputs[:50] / 255  # of 60 what makes a whole batch
+        expected.append((mine.rule(images) - other.rule(images)).square().mean().item())
+    rows = list(csv.DictReader((folder.path / "gaps.csv").read_text().splitlines()))
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("2", "4"), ("3", "6")]
+    assert [float(row["mean_squared_gap"]) for row in rows] == pytest.approx(expected[1:], rel=1e-4)
+    assert expected[1] > 1e-4
+    found = {d.layer: d.value for d in read_distances(folder, 2)}
+    assert found == {"after 4 updates": pytest.approx(expected[1], rel=1e-4)}
+
+
+def test_the_experiment_on_outputs(kmnist, tmp_path):
+    options = ["--network", "mlp", "--widths", 4, 8, 16, "--rules", "align_ada", "--epochs", 10]
+    done = script("train_kmnist.py", 4, *options, "--data-dir", kmnist, "--outputs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| after 10 updates | Align-ada |" in done.stdout
+    assert "| after 100 updates" not in done.stdout
+    assert (tmp_path / "kmnist" / "experiment_4.png").stat().st_size > 20_000

@@ -8,6 +8,7 @@ import statistics
 import pytest
 
 from wide.models.rules import RULES
+from wide.reports.drawing import DIVERGED
 from wide.reports.figures import KINDS, draw_figure
 from wide.reports.report import as_csv, markdown
 from wide.reports.tables import ACCURACY, BEST_LOSS, EPOCH_TIME, Summary, View, make_table
@@ -35,7 +36,7 @@ def text_of(summaries, view=None, metrics=ACCURACY, references=None):
 
 def test_the_learning_rate_is_chosen_on_validation_not_on_test():
     summaries = [summary(rate=1, validation=0.6, test=0.3), summary(rate=2, validation=0.5, test=0.9)]
-    assert rows_of(text_of(summaries))["Backprop"] == ["60.0 / 30.0 (lr 1)"]
+    assert rows_of(text_of(summaries))["Backprop"] == ["60.0 / 30.0 (lr 1 at the edge)"]
 
 
 def test_one_learning_rate_is_not_repeated_in_every_cell():
@@ -60,11 +61,24 @@ def test_a_learning_rate_that_diverged_for_one_seed_is_not_chosen():
     assert "lr 1" in rows_of(text_of(summaries))["Backprop"][0]
 
 
+@pytest.mark.parametrize(("tried", "edge"), [((1, 2, 5), False), ((2, 5), True), ((1, 2), True)])
+def test_a_choice_at_the_edge_of_what_was_tried_is_said_to_be_one(tried, edge):
+    """Between others it is not, also where the larger one diverged."""
+    summaries = [
+        summary(rate=r, validation=0.3 + 0.1 * (r == 2), status="diverged" if r == 5 else "done") for r in tried
+    ]
+    text = text_of(summaries)
+    assert ("lr 2 at the edge" in text) == edge
+    assert ("at the edge: the largest or smallest that was tried" in text) == edge
+
+
 def test_cells_without_a_finished_run_say_why():
     summaries = [summary(status="diverged"), summary(width=16, status="failed at epoch 2"), summary(rule="fa")]
     cells = rows_of(text_of(summaries))
     assert cells["Backprop"] == ["diverged", "failed at epoch 2"]
     assert cells["FA"] == ["50.0 / 40.0", "-"]
+    several = [summary(seed=seed, status="diverged" if seed == 3 else "done") for seed in (1, 2, 3)]
+    assert rows_of(text_of(several))["Backprop"] == ["diverged (1 of 3)"]
 
 
 def test_other_axes_become_sections():
@@ -133,17 +147,52 @@ def test_figures_are_drawn(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_diverged_runs_are_marked(kind):
     view, metrics = VIEWS.get(kind, (View(figure=kind), ACCURACY))
-    grid = [summary(rule, limit=n) for rule in ("backprop", "fa") for n in (45, None)]
+    grid = [summary(rule, limit=n, seed=s) for rule in ("backprop", "fa") for n in (45, None) for s in (1, 2)]
 
     def marked(summaries):
         figure = KINDS[kind](make_table(view, summaries, metrics), {}, 45000)
-        lines = [line for panel in figure.axes for line in panel.lines if line.get_markerfacecolor() == "white"]
+        lines = [line for panel in figure.axes for line in panel.lines if line.get_gid() == DIVERGED]
+        texts = [text.get_text() for panel in figure.axes for text in panel.texts]
         labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        return [line.get_marker() for line in lines if len(line.get_xdata())], labels.count("hollow: diverged")
+        return {line.get_marker() for line in lines}, {text for text in texts if "of" in text}, labels.count(DIVERGED)
 
-    assert marked(grid) == ([], 0)
-    marks, notes = marked([s for s in grid if s != grid[-1]] + [summary("fa", status="diverged")])
-    assert (set(marks), notes) == ({"^"}, 1)
+    assert marked(grid) == (set(), set(), 0)
+    grid[-1] = dataclasses.replace(grid[-1], status="diverged")
+    assert marked(grid) == ({"^"}, {"1 of 2"}, 1)
+
+
+@pytest.mark.parametrize(("metrics", "bad"), [(ACCURACY, 0), (BEST_LOSS, 1)])
+def test_they_stand_at_the_bad_end_beyond_all_values(metrics, bad):
+    runs = [summary(width=w, test=0.5 + w / 100) for w in (8, 16, 32)]
+    runs = [dataclasses.replace(r, best={"train_loss": 1.0, "test_loss": r.run.width / 8}) for r in runs]
+    runs += [summary(rule, width=16, status="diverged") for rule in ("fa", "dfa")]
+    (panel,) = KINDS["lines"](make_table(View(), runs, metrics), {}, 45000).axes
+    marks = [line for line in panel.lines if line.get_gid() == DIVERGED]
+    first, second = (abs(bad - line.get_ydata()[0]) for line in marks)
+    assert 0 < first < second  # one above the other, in shares of the panel
+    low, high = panel.get_ylim()
+    values = [y for line in panel.lines if line.get_label() == "Backprop" for y in line.get_ydata()]
+    shares = [abs(bad - (y - low) / (high - low)) for y in values]
+    assert min(shares) > second
+
+
+def test_one_run_is_hollow_and_a_mean_of_several_is_not():
+    runs = [summary(width=8, seed=1), summary(width=8, seed=2), summary("fa", width=8), summary("fa", width=16)]
+    (panel,) = KINDS["lines"](make_table(View(), runs, ACCURACY), {}, 45000).axes
+    hollow = [line for line in panel.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert [line.get_marker() for line in hollow] == ["^"]
+    assert len(hollow[0].get_xdata()) == 2
+
+
+@pytest.mark.parametrize(("better", "labels"), [((1, 1), []), ((1, 5), ["lr 1", "lr 5"])])
+def test_points_are_labelled_where_a_line_mixes_learning_rates(better, labels):
+    runs = [
+        summary(width=width, rate=rate, validation=0.5 + 0.1 * (rate == best))
+        for width, best in zip((8, 16), better, strict=True)
+        for rate in (1, 5)
+    ]
+    (panel,) = KINDS["lines"](make_table(View(), runs, ACCURACY), {}, 45000).axes
+    assert [text.get_text() for text in panel.texts] == labels
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +225,7 @@ def test_times_are_averaged_over_seeds_and_rates_and_compared_with_backprop():
 def test_the_best_width_is_chosen_where_the_layout_says_so():
     view = View("data_limit", ("learning_rate", "width"), figure="gap")
     grid = [summary(width=8, limit=45, validation=0.3), summary(width=64, limit=45, validation=0.4)]
-    assert rows_of(text_of(grid, view))["Backprop"] == ["40.0 / 40.0 (width 64)"]
+    assert rows_of(text_of(grid, view))["Backprop"] == ["40.0 / 40.0 (width 64 at the edge)"]
 
 
 def test_curves_over_seeds_that_were_evaluated_at_other_epochs(tmp_path):

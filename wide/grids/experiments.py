@@ -25,6 +25,7 @@ class Experiment:
         timed: measure the time of an epoch: every run comes after a warm-up, and belongs to the device.
         logged: keep angles.csv and changes.csv of every run, as --log-alignment does.
         keep: epochs whose parameters are kept.
+        compared: epochs after which outputs are compared with those of backprop's network (gaps.csv).
         report: what is shown; default: the table of rules and its figure.
         batch_size: default: the subject's.
         network: default: the subject's first.
@@ -48,6 +49,7 @@ class Experiment:
     timed: bool = False
     logged: bool = False
     keep: tuple[int, ...] = ()
+    compared: tuple[int, ...] = ()
     report: Report = dataclasses.field(default_factory=TableReport)
     quick: Mapping[str, object] = dataclasses.field(default_factory=dict)
 

@@ -17,6 +17,7 @@ from wide.reports.shown import Shown
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run, effective_batch
 from wide.training.devices import choose_algorithms, choose_device, choose_precision, device_name
+from wide.training.gaps import Gaps
 from wide.training.processes import ALONE, Processes, join
 from wide.training.recorders import AlignmentScores, Angles, Changes, KeptParameters, Recorder
 from wide.training.tasks import Task
@@ -160,6 +161,8 @@ class Study:
             found += [Angles(), Changes()]
         if self.subject.scored:
             found.append(AlignmentScores(self.subject.image_size, record.score_epochs))
+        if self.experiment.compared:
+            found.append(Gaps(self.experiment.compared))
         if self.kept_epochs:
             found.append(KeptParameters(self.kept_epochs))
         return found
@@ -195,5 +198,6 @@ class Study:
             variant=self.options.data.variant,
             precision=self.machine.precision,
             timed_on=device_name(self.machine.device) if grid.timed else None,
+            centred=self.options.step.centred,
             **settings,
         )

@@ -1,4 +1,4 @@
-"""What is shown of runs: tables, figures, texts, and the paper's claims.
+"""What is shown of runs: tables, figures and texts.
 
 May import training, alignment, models and runs.
 """

@@ -139,7 +139,7 @@ class ScoreReport:
         title = shown.title + after + unusual_text(shown.runs)
 
         def draw(file: BinaryIO) -> None:
-            figures().draw_scores(file, title, sections, self.against)
+            figures("score_figure").draw_scores(file, title, sections, self.against)
 
         text = _markdown(title, sections, self.against, shown)
         rows = csv_text([dataclasses.asdict(score) for scores in sections.values() for score in scores], header=True)

@@ -17,6 +17,10 @@ sqrt(s). Rules that read ReLU's derivative in the initial network (Align-ada, Al
 as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards
 backprop.
 
+The outputs themselves change by a number of order 1, and so do not vanish against their start; two rules whose
+updates differ by a relative 1/sqrt(n) end at outputs that differ by 1/sqrt(n): the mean square falls like 1/n.
+A share of flipped units counts there as it is, and not as its root: an output sums over all of them.
+
 All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.
 """
 
@@ -28,12 +32,13 @@ from typing import BinaryIO
 
 from wide import UserError
 from wide.models.rules import RULES
-from wide.reports.distances import ACTIVITY, ANGLE, TITLES, WEIGHT, predicted_slope
+from wide.reports.distances import ACTIVITY, ANGLE, GAP, OF_THEORY, TITLES, WEIGHT, Line, panel_of, predicted_slope
 from wide.reports.report import figures, write_report
 from wide.reports.shown import Shown
 from wide.reports.tables import data_text, settings_text, unusual_text
 from wide.runs.files import csv_text
 from wide.runs.folder import FINISHED, RunFolder
+from wide.training.gaps import Gaps
 from wide.training.recorders import Angles, Changes
 
 EXACT = 0.05  # degrees: what rounding in single precision makes of equal gradients
@@ -41,7 +46,10 @@ EXACT = 0.05  # degrees: what rounding in single precision makes of equal gradie
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """One quantity of one layer of a run, before the last update of an epoch. Layers are numbered from the input."""
+    """One quantity of one layer of a run, before the last update of an epoch. Layers are numbered from the input.
+
+    Of the distance of outputs, which has no layer, `layer` is the number of updates in words.
+    """
 
     rule: str
     width: int
@@ -49,26 +57,6 @@ class Distance:
     quantity: str
     layer: str
     value: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """Of one rule, quantity and layer: the geometric mean over seeds at every width.
-
-    `deviations` are factors, the exponentials of the logarithms' standard deviations; 1 for one seed.
-    """
-
-    widths: tuple[int, ...]
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def slope(self) -> float | None:
-        """Of the logarithm of the mean against that of the width, by least squares; None with fewer than three."""
-        if len(self.widths) < 3 or min(self.means) <= 0:
-            return None
-        return statistics.linear_regression([math.log(w) for w in self.widths], [math.log(m) for m in self.means]).slope
 
 
 def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
@@ -93,7 +81,21 @@ def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
                 found += [_distance(folder, quantity, layer, value) for layer, value in values.items()]
         except (KeyError, ValueError, TypeError) as error:
             raise folder.damaged(path, error) from error
+    found += _read_gaps(folder, epoch)
     return [d for d in found if d.value > (EXACT if d.quantity == ANGLE else 0)]
+
+
+def _read_gaps(folder: RunFolder, epochs: int) -> list[Distance]:
+    """Distances of outputs, after any epoch up to this one."""
+    path = folder.path / Gaps.file
+    if not path.exists():
+        return []
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        there = [(int(row["updates"]), float(row[GAP])) for row in rows if int(row["epoch"]) <= epochs]
+    except (KeyError, ValueError, TypeError) as error:
+        raise folder.damaged(path, error) from error
+    return [_distance(folder, GAP, f"after {n} update{'s' * (n > 1)}", value) for n, value in there]
 
 
 def _distance(folder: RunFolder, quantity: str, layer: str, value: float) -> Distance:
@@ -107,6 +109,21 @@ def make_lines(distances: list[Distance]) -> dict[tuple[str, str, str], Line]:
     for d in distances:
         grouped.setdefault((d.quantity, d.layer, d.rule), {}).setdefault(d.width, []).append(d.value)
     return {key: _line(dict(sorted(by_width.items()))) for key, by_width in grouped.items()}
+
+
+def panel_lines(distances: list[Distance], layers: tuple[str, ...]) -> dict[tuple[str, str], Line]:
+    """By (title of a panel, rule); of every run the geometric mean over the panel's layers."""
+    runs: dict[tuple[str, str], dict[tuple[int, int], list[float]]] = {}
+    for d in distances:
+        if panel := panel_of(d.quantity, d.layer, layers):
+            runs.setdefault((panel, d.rule), {}).setdefault((d.width, d.seed), []).append(d.value)
+    found = {}
+    for key, by_run in runs.items():
+        by_width: dict[int, list[float]] = {}
+        for (width, _), values in sorted(by_run.items()):
+            by_width.setdefault(width, []).append(statistics.geometric_mean(values))
+        found[key] = _line(by_width)
+    return found
 
 
 def _line(by_width: dict[int, list[float]]) -> Line:
@@ -136,15 +153,17 @@ class DistanceReport:
         distances = [d for folder in shown.folders for d in read_distances(folder, shown.epochs)]
         if not distances:
             raise UserError(
-                f"no run has {Angles.file} of epoch {shown.epochs}; delete {shown.path.parent} to train them anew"
+                f"no run has {Angles.file} or {Gaps.file} of epoch {shown.epochs}; delete {shown.path.parent} to train "
+                "them anew"
             )
-        updates = self.updates(shown)
-        title = f"{shown.title}, after {updates} updates{unusual_text(shown.runs)}"
+        compared = any(distance.quantity == GAP for distance in distances)
+        when = "" if compared else f", after {self.updates(shown)} updates"
+        title = f"{shown.title}{when}{unusual_text(shown.runs)}"
         lines = make_lines(distances)
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
 
         def draw(file: BinaryIO) -> None:
-            figures().draw_distances(file, title, lines, layers)
+            figures("distance_figure").draw_distances(file, title, panel_lines(distances, layers))
 
         text = _markdown(title, lines, layers, shown)
         return write_report(
@@ -171,10 +190,12 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], shown: Shown) ->
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():
         widths = sorted({w for (q, _, _), line in lines.items() if q == quantity for w in line.widths})
+        if not widths:
+            continue
         text += [
             f"## {what}",
             "",
-            "| layer | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
+            "| | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
         ]
         text.append("|---" * (4 + len(widths)) + "|")
         for (_, layer, rule), line in sorted(
@@ -182,12 +203,9 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], shown: Shown) ->
         ):
             values = dict(zip(line.widths, line.means, strict=True))
             cells = [f"{values[w]:.3g}" if w in values else "-" for w in widths]
-            theory = "none" if quantity == ANGLE and rule in RANDOM else f"{predicted_slope(quantity, layer, layers):g}"
+            none = quantity in (ANGLE, GAP) and rule not in OF_THEORY
+            theory = "none" if none else f"{predicted_slope(quantity, layer, layers):g}"
             slope = "-" if line.slope is None else f"{line.slope:.2f}"
             text.append(f"| {layer} | {RULES[rule].title} | {' | '.join(cells)} | {slope} | {theory} |")
         text.append("")
     return "\n".join(text)
-
-
-# Rules whose feedback is random: no width turns their gradients towards backprop's.
-RANDOM = tuple(rule for rule, spec in RULES.items() if spec.feedback)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import io
 import os
 import sys
@@ -64,19 +65,18 @@ class TableReport:
         return [summary for summary in compared if summary.status == "done" and summary.data in data]
 
 
-def figures() -> ModuleType:
-    """wide.figures, imported only now: matplotlib takes a second.
+def figures(name: str = "figures") -> ModuleType:
+    """A module of figures, imported only now: matplotlib takes a second.
 
     Without MPLBACKEND: no backend is used, and with one that is not installed, such as the one that a notebook sets for
     itself and its commands, matplotlib refuses to be imported.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        from wide.reports import figures
+        return importlib.import_module(f".{name}", __package__)
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    return figures
 
 
 def write_report(path: Path, rows: str, text: str, draw: Callable[[BinaryIO], None]) -> str:
@@ -149,7 +149,10 @@ def _legend(table: Table, summaries: list[Summary]) -> str:
     when = "best over the epochs" if metrics.use_best else "at the last epoch"
     choices = " and ".join(axis.replace("_", " ") for axis in table.choices)
     chosen = f", at the {choices} of the best {metrics.choice.replace('_', ' ')}" if choices else ""
-    several = any(len(cell.values) > 1 for rows in table.sections.values() for cells in rows.values() for cell in cells)
+    cells = [cell for rows in table.sections.values() for cells in rows.values() for cell in cells]
+    several = any(len(cell.values) > 1 for cell in cells)
+    if any(cell.edge for cell in cells):
+        chosen += " (at the edge: the largest or smallest that was tried)"
     averaged = " and ".join(axis.replace("_", " ") for axis in table.view.averaged)
     spread = f"; mean ± standard deviation of n runs that differ in {averaged}" if several else ""
     relative = f"; x: times {RULES[metrics.relative_to].title}" if metrics.relative_to else ""

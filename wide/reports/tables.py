@@ -160,7 +160,8 @@ class Cell:
     """One place of a table: runs that differ in averaged axes only, at the best of the axes that are chosen over.
 
     `values` has the metrics of each run, `histories` those of each epoch; they are empty where no run came through.
-    `chosen` are the axes' best values; `untrained` says how many others have not been trained to the end.
+    `chosen` are the axes' best values, `edge` those axes where that is the largest or smallest tried; `untrained` says
+    how many others have not been trained to the end. `diverged` of `runs` did, of a cell without values.
     """
 
     values: tuple[Mapping[str, float], ...]
@@ -168,6 +169,9 @@ class Cell:
     status: str
     histories: tuple[Mapping[str, tuple[float, ...]], ...] = ()
     untrained: int = 0
+    edge: tuple[str, ...] = ()
+    diverged: int = 0
+    runs: int = 0
 
     def mean(self, metric: str) -> float:
         return statistics.fmean(value[metric] for value in self.values)
@@ -195,10 +199,14 @@ def make_cell(summaries: list[Summary], view: View, metrics: Metrics) -> Cell:
         if all(summary.status == "done" for summary in group)
     ]
     if not through:
-        states = dict.fromkeys(summary.status for summary in summaries)
-        return Cell((), {}, "diverged" if "diverged" in states else ", ".join(states) or "-")
+        states = [summary.status for summary in summaries]
+        status = "diverged" if "diverged" in states else ", ".join(dict.fromkeys(states)) or "-"
+        return Cell((), {}, status, diverged=states.count("diverged"), runs=len(states))
     pick = max if metrics.higher else min
-    return pick(through, key=lambda cell: cell.mean(metrics.choice))
+    best = pick(through, key=lambda cell: cell.mean(metrics.choice))
+    tried = {axis: {key[place] for key in candidates} for place, axis in enumerate(view.best_over)}
+    ends = [axis for axis, value in best.chosen.items() if value in (min(tried[axis]), max(tried[axis]))]
+    return dataclasses.replace(best, edge=tuple(axis for axis in ends if len(tried[axis]) > 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +226,14 @@ class Table:
     def text(self, cell: Cell, reference: Cell | None) -> str:
         """A cell in words; `reference` is that of `metrics.relative_to` in the same column."""
         if not cell.values:
-            return cell.status
+            several = f" ({cell.diverged} of {cell.runs})" if cell.diverged and cell.runs > 1 else ""
+            return cell.status + several
         several = len(cell.values) > 1
         parts = []
         for metric in self.metrics.shown:
             spread = f" ± {self.metrics.text(cell.deviation(metric))}" if several else ""
             parts.append(self.metrics.text(cell.mean(metric)) + spread)
-        notes = [axis_text(axis, cell.chosen[axis]) for axis in self.choices]
+        notes = [axis_text(axis, cell.chosen[axis]) + " at the edge" * (axis in cell.edge) for axis in self.choices]
         notes += [f"{cell.untrained} more not trained"] if self.choices and cell.untrained else []
         notes += [f"n={len(cell.values)}"] if several else []
         if reference is not None and reference.values:
@@ -272,10 +281,11 @@ def settings_text(runs: list[Run], names: Collection[str] | None = None) -> str:
         "seed": "seed {}",
         "decay": "weight decay {:g}",
         "precision": "{}",
+        "centred": "centred outputs",
     }
     names = texts if names is None else [name for name in texts if name in names]
     common = {name: values.pop() for name in names if len(values := {getattr(run, name) for run in runs}) == 1}
-    for name, usual in (("batches", 1), ("decay", 0)):
+    for name, usual in (("batches", 1), ("decay", 0), ("centred", False)):
         if common.get(name) == usual:
             del common[name]
     return ", ".join(texts[name].format(value) for name, value in common.items() if value is not None)
@@ -283,8 +293,8 @@ def settings_text(runs: list[Run], names: Collection[str] | None = None) -> str:
 
 def unusual_text(runs: list[Run]) -> str:
     """For a title: what is not as in the paper, in all of these runs."""
-    unusual = {"mlp": "fully connected", "corrected": "corrected variant", "bf16": "bf16"}
-    values = [{getattr(run, name) for run in runs} for name in ("network", "variant", "precision")]
+    unusual = {"mlp": "fully connected", "corrected": "corrected variant", "bf16": "bf16", True: "centred outputs"}
+    values = [{getattr(run, name) for run in runs} for name in ("network", "variant", "precision", "centred")]
     words = [unusual[value] for value in (v.pop() for v in values if len(v) == 1) if value in unusual]
     return f" ({', '.join(words)})" if words else ""
 

@@ -26,6 +26,7 @@ class Run:
     batches: int = 1  # per step, each normalised by itself
     decay: float = 0.0  # of weights: L2, as torch's optimisers take it
     rule_variant: str | None = None  # of rules that come in several
+    centred: bool = False  # outputs are f - f0, f0 the function at the initial parameters
 
     @property
     def name(self) -> str:
@@ -41,6 +42,8 @@ class Run:
         ]
         if self.decay:
             words.append(f"decay{self.decay:g}")
+        if self.centred:
+            words.append("centred")
         if self.timed_on is not None:
             words.append("timed-on-" + "-".join(re.findall(r"\w+", self.timed_on)))
         return "-".join(words)
@@ -52,11 +55,11 @@ class Run:
     def settings(self) -> dict[str, object]:
         """What describes the run in its config.json and in tables."""
         values = dataclasses.asdict(self)
-        return {name: v for name, v in values.items() if name not in _OF_SOME_RULES or v != _USUAL[name]}
+        return {name: v for name, v in values.items() if name not in _OF_SOME_RUNS or v != _USUAL[name]}
 
 
-# Settings that only some rules have; the others' runs are described without them.
-_OF_SOME_RULES = ("decay", "rule_variant")
+# Settings that only some runs have; the others are described without them.
+_OF_SOME_RUNS = ("decay", "rule_variant", "centred")
 _USUAL = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
 
 

@@ -1,6 +1,7 @@
 """A run's network as it learns: in its rule, with its optimiser and the stream of its batches."""
 
 import contextlib
+import copy
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ class Learner:
 
     Attributes:
         rule: the network in its rule; `optimizer` steps the parameters that learn.
+        initial: of a centred run the network as it began, with the same normalisation; else None.
         stream: the generator of the orders of batches, seeded with the run's seed when training starts.
         epoch: the number of epochs trained.
     """
@@ -24,6 +26,7 @@ class Learner:
     def __init__(self, task: Task, run: Run):
         self.task, self.run = task, run
         self.rule = task.rule(run)
+        self.initial = copy.deepcopy(self.rule.network) if run.centred else None
         learning = [parameter for parameter in self.rule.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(run, learning)
         self.stream = np.random.RandomState(run.seed)
@@ -57,9 +60,16 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's, in at least single precision."""
-        return self.task.loss(full(outputs), targets)
+    def seen(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """What loss and measures see of the rule's outputs for this batch, in at least single precision.
+
+        Of a centred run that is f - f0: less what the initial network gives for the same batch, which has no gradient.
+        """
+        if self.initial is None:
+            return _full(outputs)
+        with torch.no_grad(), self.autocast():
+            start = self.initial(inputs)
+        return _full(outputs) - _full(start)
 
     def autocast(self):
         """A context in which forward passes run, in the run's precision."""
@@ -68,6 +78,5 @@ class Learner:
         return contextlib.nullcontext()
 
 
-def full(outputs: Tensor) -> Tensor:
-    """Outputs in at least single precision."""
+def _full(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.dtype == torch.bfloat16 else outputs

@@ -16,7 +16,7 @@ from wide.models.rules import RULES, nothing_between
 from wide.runs.run import Run
 from wide.training.capture import Captured
 from wide.training.devices import exact, finish
-from wide.training.learner import Learner, full
+from wide.training.learner import Learner
 from wide.training.processes import ALONE, Processes
 from wide.training.recorders import Recorder
 from wide.training.tasks import Task
@@ -41,6 +41,8 @@ class Training(Learner):
         self.split_batches = run.batches == 1 and processes.count > 1
         if self.split_batches:
             synchronise_normalisation(self.rule, processes.sum)
+            if run.centred:
+                synchronise_normalisation(self.initial, processes.sum)
         self.captured = Captured(lambda *batch: self.update([batch]), task.device) if self.can_be_captured() else None
         self.aside_seconds = 0.0  # of this epoch, on recorders
 
@@ -95,9 +97,10 @@ class Training(Learner):
                 continue
             with self.autocast():
                 outputs = self.rule(inputs)
-            loss = self.loss(outputs, targets)
+            outputs = self.seen(outputs, inputs)
+            loss = self.task.loss(outputs, targets)
             (loss if self.alone else loss * len(targets)).backward()
-            made.append((full(outputs).detach(), targets, loss.detach()))
+            made.append((outputs.detach(), targets, loss.detach()))
         if not self.alone:
             self._average_gradients(sum(len(targets) for _, targets, _ in made))
         if last and self.recorders and len(targets):
@@ -139,8 +142,20 @@ class Training(Learner):
             with self.autocast():
                 outputs = self.rule(inputs)
             if len(targets):
-                averages.add(self.task.measures(full(outputs), targets), len(targets))
+                averages.add(self.task.measures(self.seen(outputs, inputs), targets), len(targets))
         return averages.values(self.processes)
+
+    @torch.no_grad()
+    def outputs(self, split: str) -> Tensor:
+        """What the loss would see for a split, in its own order, as far as it makes whole batches."""
+        self.rule.eval()
+        batches = list(self._batches(np.arange(self.task.size(self.run, split))))
+        found = []
+        for inputs, _ in self.task.batches(self.run, split, batches, self.epoch):
+            with self.autocast():
+                outputs = self.rule(inputs)
+            found.append(self.seen(outputs, inputs))
+        return torch.cat(found)
 
     def train_epoch(self, evaluate: bool = True) -> dict[str, float | None]:
         """Train for an epoch and evaluate.

@@ -76,8 +76,11 @@ class Angles(LayerRows):
     file = "angles.csv"
 
     def gradients(self, learner: Learner, inputs: Tensor, targets: Tensor) -> None:
+        def loss(outputs: Tensor) -> Tensor:
+            return learner.task.loss(learner.seen(outputs, inputs), targets)
+
         with learner.autocast():
-            degrees = gradient_angles(learner.rule, lambda outputs: learner.loss(outputs, targets), inputs)
+            degrees = gradient_angles(learner.rule, loss, inputs)
         feedback = feedback_angles(learner.rule)
         self.rows = [
             {
