@@ -755,7 +755,7 @@ class DirectFeedbackAlignment(Rule):
             return t.dim() > 1 and t.shape[0] == t.shape[1] > 1
 
         deep = [t for t in (output, *ends) if t.dim() > 2]
-        doubtful = square(output) and (output in deep or any(map(square, inputs)))
+        doubtful = square(output) and (output.dim() > 2 or any(map(square, inputs)))
         if self.batch_dim is None and (doubtful or (any(map(square, inputs)) and any(map(square, deep)))):
             raise ValueError(
                 f"which dimension of the output {tuple(output.shape)} counts the examples of the batch? Say so: "
@@ -1498,14 +1498,10 @@ class _Capture:
     down, made one of operators; `programs`, what rules have made of that."""
 
     def __init__(self, torch_graph: fx.GraphModule, example_inputs: list):
-        self.torch_graph, self.root, self.programs, self.proved = torch_graph, None, {}, set()
+        self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
+        self.programs, self.proved = {}, set()
 
     def __call__(self, *arguments):
-        if self.root is None:
-            try:
-                self.root = _functional(self.torch_graph)
-            except Exception as error:
-                raise _Refused(_reason(error)) from error
         call, rule = _now.call, _now.call.rule
         if call.hooks not in self.proved and not call.proving:
             raise _Unproved(self, arguments)
