@@ -421,8 +421,11 @@ def test_two_processes_equal_one_with_the_double_batch(folders, one_process, tmp
     assert done.stdout.count("# ImageNet") == 1  # only the first process speaks
 
 
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid):
+    """torchrun's processes, and those that load their images, which would hold on to a run for seconds."""
+    listed = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+    children = [int(child) for part in listed for child in part]
+    return children + [other for child in children for other in descendants(child)]
 
 
 def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_another_number_of_them(folders, tmp_path):
@@ -443,7 +446,7 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
     while len(list(apart.glob("imagenet/*/metrics.csv"))) < 2:
         time.sleep(0.05)
         assert process.poll() is None
-    for pid in (process.pid, *children(process.pid)):  # torchrun's processes do not end with it
+    for pid in (process.pid, *descendants(process.pid)):  # torchrun's processes do not end with it
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
