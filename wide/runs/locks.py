@@ -11,6 +11,7 @@ import contextlib
 import errno
 import math
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -53,8 +54,10 @@ class Claim:
             OSError: the folder cannot be written.
         """
         with open(self.lock_path, "w") as file:
-            _lock(file)
+            locked = _lock(file)
             try:
+                if locked:
+                    self._drop_dead()
                 self._take()
                 self._tidy()
                 yield self
@@ -74,6 +77,16 @@ class Claim:
             self.lease.acquire(timeout=2 * LEASE, poll_interval=1, cancel_check=lambda: not self._silent())
         except Timeout as error:
             raise Busy from error
+
+    def _drop_dead(self) -> None:
+        """Remove the claim of a process of this machine that has ended, though its parent has not taken note of it (in
+        a container without an init); filelock takes such a one for alive."""
+        with contextlib.suppress(OSError, KeyError):
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            claim = dict(line.split("=", 1) for line in lines if "=" in line)
+            state = Path(f"/proc/{claim['pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            if claim["host"] == socket.gethostname() and state == "Z":
+                self.path.unlink()
 
     def _silent(self) -> bool:
         """Whether the claim that stands there has had no heartbeat for a lease."""
@@ -109,10 +122,10 @@ class Claim:
                     path.unlink()
 
 
-def _lock(file) -> None:
-    """Lock an open file for this process, where the system can; Busy where another has it."""
+def _lock(file) -> bool:
+    """Lock an open file for this process, and whether the system can; Busy where another has it."""
     if fcntl is None:
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -120,3 +133,5 @@ def _lock(file) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        return False
+    return True
