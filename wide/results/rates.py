@@ -32,9 +32,12 @@ def mean(accuracies: Mapping[int, float | None], widths: tuple[int, ...]) -> flo
 
 
 def chosen(rates: Mapping[float, Mapping[int, float | None]], widths: tuple[int, ...]) -> float | None:
-    """The best; None as long as a rate that might be it has not been tried at every width."""
+    """The best, the largest of several within a tenth of a point (three validation images); None as long as a rate that
+    might be it has not been tried at every width."""
     means = {rate: mean(row, widths) for rate, row in rates.items() if None not in row.values()}
-    return None if None in means.values() or not means else max(means, key=means.get)
+    if None in means.values() or not means:
+        return None
+    return max(rate for rate, accuracy in means.items() if accuracy > max(means.values()) - 0.1)
 
 
 def why(rates: Mapping[float, Mapping[int, float | None]], rate: float) -> str:
