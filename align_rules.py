@@ -1283,9 +1283,13 @@ def _differentiable(value: Any) -> bool:
 
 def _draws(node: fx.Node) -> bool:
     """Whether it is a random draw, through which no gradient goes; of what draws inside see `Draft.follow`."""
-    inside = _operator(node).startswith(("_scaled_dot_product", "rrelu"))
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return node.target is bernoulli or (seeded and not inside)
+    return node.target is bernoulli or (seeded and not _may_draw_inside(node))
+
+
+def _may_draw_inside(node: fx.Node) -> bool:
+    """Whether it is a function of activities that can draw random numbers itself."""
+    return _operator(node).startswith(("_scaled_dot_product", "rrelu"))
 
 
 def _line(node: fx.Node) -> str:
@@ -1423,7 +1427,7 @@ class _Live(Draft):
 
 
 def _require_no_draw_inside(node: fx.Node) -> None:
-    if _operator(node).startswith(("_scaled_dot_product", "rrelu")):
+    if _may_draw_inside(node):
         names = [argument.name for argument in node.target._schema.arguments]
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         if given.get("dropout_p") or given.get("training"):
@@ -1658,11 +1662,6 @@ def _respell(node: fx.Node) -> None:
         node.target = RESPELLED.get(node.target, node.target)
 
 
-def _in_place(node: fx.Node) -> bool:
-    writes_back = node.target is aten.copy_.default and node.args[0].op == "placeholder"
-    return not writes_back and (schema := getattr(node.target, "_schema", None)) is not None and schema.is_mutable
-
-
 def _autocast_off(arguments: Iterable):
     """The graph has the casts that autocast makes, and is not cast again."""
     kind = next((t.device.type for t in arguments if isinstance(t, Tensor)), "cpu")
@@ -1711,7 +1710,9 @@ class _Call:
             if self.hooks not in getattr(rule, "recorded", ()):
                 self.prove(_Call(Backprop(network), self.inputs, self.keywords).record, None)
             result = self.record()
-            if reason is not None:
+            if reason is None:
+                rule.recorded.add(self.hooks)
+            else:
                 if lasts:
                     rule.recorded = {self.hooks}
                 warnings.warn(
