@@ -168,14 +168,14 @@ def _transposed(gradient: Tensor, activity: Tensor, weight: Tensor, product: Cal
 class Rule(nn.Module):
     """A network with a learning rule: called, it gives the network's own output; differentiated, the rule's gradient.
 
+    The first call with a new kind of input takes seconds: it is written down and checked. Where gradients are disabled
+    (torch.no_grad) a rule just calls the network. `state_dict` holds what the rule keeps. A rule of your own is a
+    `derive` and `tensors`; numbers, strings and tuples that it holds are its settings, on which these may depend.
+
     Args:
         network: any torch.nn.Module that returns tensors (in tuples, lists, dicts). It is not changed; its parameters
             are the ones that learn.
         activities: names of its parameters that are activities and not weights.
-
-    Where gradients are disabled (torch.no_grad) a rule just calls the network. `state_dict` holds what the rule keeps.
-    The first call with a new kind of input takes seconds: it is written down and checked. A rule of your own is
-    `derive` (and `tensors`); the numbers, strings and tuples that it holds are its settings, on which that may depend.
 
     Raises:
         TypeError: the network is scripted, compiled, lazy without shapes, or holds a rule; at a call, see the module.
@@ -190,7 +190,7 @@ class Rule(nn.Module):
         super().__init__()
         _require_plain(network)
         self.network, self.activities = network, _parameters_within(network, activities)
-        self.known = _anatomy(network)
+        self.known = _Anatomy(network)
 
     @torch.compiler.disable  # a torch.compile around a rule leaves it as one call
     def forward(self, *inputs, **keywords) -> Any:
@@ -220,17 +220,37 @@ class Rule(nn.Module):
 
     def explain(self, *inputs, code: bool = False, **keywords) -> str:
         """What the rule is on this network, for a batch: its layers in the order of their calls, what carries their
-        errors back and where these enter, what is differentiated as it stands, and what does not learn. With `code`,
-        the generated code as well, in which the rule's own tensors have the names of those that they stand in for.
-        """
-        return _explained(self, inputs, keywords, code)
+        errors back and where these enter, what is differentiated as it stands, and what does not learn; with `code`,
+        also the code, in which the rule's own tensors have the names of those that they stand in for."""
+        with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
+            _called(self, inputs, keywords)
+        graph, program = _now.read
+        shape = {n: tuple(v.shape) if isinstance(v := n.meta.get("val"), Tensor) else "-" for n in graph.kinds}
+        rows = [("layer", "activity -> output", "error enters at")]
+        for k in graph.layers.values():
+            rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", self.enters(graph, k)))
+        first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
+        others = collections.Counter(
+            _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
+        )
+        learns = vars(self).get("learns", graph.parameters.values())
+        told = {
+            "differentiated as they stand": [f"{name} {n}" for name, n in others.items()],
+            "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
+            "do not learn": [n for n, p in self.network.named_parameters() if n not in learns or not p.requires_grad],
+        }
+        lines = [f"{type(self).__name__} on {type(self.network).__name__}: errors go back through {self.back}", ""]
+        lines += [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
+        for title, parts in told.items():
+            lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99)] if parts else []
+        return "\n".join([*lines, program.code] if code and program else lines)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in vars(self).items() if key not in ("known", "entry", "recorded")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # of a deep copy, or from a pickle
-        self.known = _anatomy(self.network)
+        self.known = _Anatomy(self.network)
 
 
 class Backprop(Rule):
@@ -307,18 +327,13 @@ class FeedbackAlignment(Rule):
         super().__init__(network, added)
         given, parameters = feedback or {}, dict(network.named_parameters())
         self.names = _stood_in_for(network, self.activities, given)
-        self.feedback = self.kept(
-            _like(parameters[name], given[name]) if name in given else self.drawn(parameters[name], generator)
-            for name in self.names
+        self.feedback = _Tensors(
+            (str(k), _like(parameters[n], given[n]) if n in given else self.drawn(parameters[n].detach(), generator))
+            for k, n in enumerate(self.names)
         )
-
-    def kept(self, feedback: Iterable[Tensor]) -> nn.Module:
-        """The feedback weights, in the order of `names`, as the rule holds them."""
-        return _Tensors((str(k), B) for k, B in enumerate(feedback))
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
         """The feedback for a parameter, where none is given."""
-        parameter = parameter.detach()
         return _normal_like(parameter, parameter.std() if parameter.numel() > 1 else parameter.abs().sum(), generator)
 
     def tensors(self) -> Mapping[str, Any]:
@@ -359,7 +374,7 @@ class AlignProp(FeedbackAlignment):
         super().__init__(network, added=added)
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
-        return parameter.detach().clone()
+        return parameter.clone()
 
 
 class SignSymmetry(FeedbackAlignment):
@@ -443,29 +458,27 @@ class KolenPollack(FeedbackAlignment):
         UserWarning: at a call, weights have changed since the last one and no B has: the optimiser lacks B.
     """
 
-    def kept(self, feedback: Iterable[Tensor]) -> nn.Module:
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.feedback = nn.ParameterList(self.feedback)
         self.versions: list[int] = []  # of weights and feedback at the last call
-        return nn.ParameterList(feedback)
 
     def tensors(self) -> Mapping[str, Any]:
         weights = [w for name in self.names if (w := self.network.get_parameter(name)).requires_grad]
         before, self.versions = self.versions, [sum(t._version for t in ts) for ts in (weights, self.feedback)]
         if before and before[0] != self.versions[0] and before[1] == self.versions[1]:
             warnings.warn(
-                "the weights have changed and their feedback weights have not: give the optimiser rule.parameters(), "
-                "not network.parameters(), or KolenPollack is feedback alignment",
-                stacklevel=_depth(),
-            )
-        return {f"feedback.{name}": B for name, B in self.feedback_weights().items()}
+                "the weights have changed and their feedback weights have not, which is feedback alignment: give the "
+                "optimiser rule.parameters(), not network.parameters()", stacklevel=_depth()
+            )  # fmt: skip
+        learning = {name: self.network.get_parameter(name).requires_grad for name in self.names}
+        return {f"feedback.{n}": B if learning[n] else B.data for n, B in self.feedback_weights().items()}
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
-        # dB = dW, through whatever the network makes of the weight before it uses it.
-        now = {**now, layer.weight: draft.call(_learn_alike, now[layer.weight], B)}
+        # dB = dW, through whatever the network makes of the weight before it uses it; 1 B, so that .grad has memory of
+        # its own.
+        now = {**now, layer.weight: draft.call(couple, now[layer.weight], draft.call(torch.mul, B, 1))}
         return super().layer(draft, layer, now, draft.call(sg, B))
-
-
-def _learn_alike(weight: Tensor, feedback: Tensor) -> Tensor:
-    return couple(weight, feedback * 1) if weight.requires_grad else weight  # so that .grad has memory of its own
 
 
 class WeightMirror(FeedbackAlignment):
@@ -550,8 +563,7 @@ class DirectFeedbackAlignment(Rule):
 
         sent to the block's activity: B^T e         dW = delta a^T
 
-    A block is a layer with what follows it, up to and including the first activation function; without one, up to the
-    next layer. e lands on the block's activity and goes back to its parameters through the block's current derivatives.
+    e lands on the activity at the end of each block and goes back to its parameters through the block's derivatives.
 
     Args:
         feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
@@ -559,8 +571,7 @@ class DirectFeedbackAlignment(Rule):
             when their shapes are known, from a seed that is drawn when the rule is made and is part of its state;
             normal with standard deviation 1/sqrt(entries of an activity).
         pooled: draw the default feedback for activities averaged over their positions.
-        generator: for that seed.
-        added: as for FeedbackAlignment.
+        generator, added: for that seed; as for FeedbackAlignment.
         batch_dim: which dimension of the output counts the examples. Default: the first, if no other can be meant.
 
     Raises:
@@ -612,10 +623,7 @@ class DirectFeedbackAlignment(Rule):
                     end(node)
         draft.put_back(now)
         if result not in inside:
-            raise ValueError(
-                "the network ends in an activation function, behind which its last layer would not see its own error; "
-                "apply that function outside the network"
-            )
+            raise ValueError("the network ends in an activation, behind which e is not seen; apply that outside of it")
         data = [value for place, value in draft.places.items() if _flows(place) and not graph.names[place]]
         now[result] = draft.call(DirectFeedbackAlignment.direct, draft.own("rule"), now[result], ends, data)
         return draft.outputs(now)
@@ -627,7 +635,9 @@ class DirectFeedbackAlignment(Rule):
             stream = _stream(self.seed)
             for end in ends:
                 empty = end.new_empty(entries, *(end.shape[1:2] if self.pooled else end.shape[1:]))
-                self.feedback.append(_normal_like(empty, max(empty.shape[1:].numel(), 1) ** -0.5, stream))
+                self.feedback.add(
+                    str(len(self.feedback)), _normal_like(empty, max(empty.shape[1:].numel(), 1) ** -0.5, stream)
+                )
         shapes = [(entries, *end.shape[1:]) for end in ends]
         given = [tuple(B.shape) for B in self.feedback]
         if len(given) != len(shapes) or any(B not in (s, s[:2]) for B, s in zip(given, shapes, strict=True)):
@@ -653,16 +663,11 @@ class DirectFeedbackAlignment(Rule):
         # Two signs that there are as many time steps as examples.
         in_doubt = any((t is output) + (t.dim() > 2) + bool(fed) > 1 for t in square)
         if self.batch_dim is None and in_doubt:
-            raise ValueError(
-                f"which dimension of the output {tuple(output.shape)} counts the examples of the batch? Say so: "
-                "DirectFeedbackAlignment(..., batch_dim=...)"
-            )
+            told = f"which dimension of the output {tuple(output.shape)} counts the examples of the batch?"
+            raise ValueError(f"{told} Say so: DirectFeedbackAlignment(..., batch_dim=...)")
         examples, *others = output.movedim(self.batch_dim or 0, 0).shape
         if any(end.shape[:1] != (examples,) for end in ends):
-            raise ValueError(
-                "DirectFeedbackAlignment needs activities whose first dimension is the batch, as is the output's "
-                "(batch_dim=... names another of the output)"
-            )
+            raise ValueError("activities' first dimension must be the batch, the output's first or batch_dim=...")
         return examples, math.prod(others)
 
     def enters(self, graph: "Graph", layer: "Layer") -> str:
@@ -879,13 +884,13 @@ def verify(
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
-        watched, expected, own = _compared(calls, loss_function, [*learning.values(), *fed], rule)
-    limit = _tolerance(expected.outputs[0].dtype, 1e-3, 0.1) if tolerance is None else tolerance
-    if not all(share <= limit for share in _shares(own.outputs, expected.outputs)):
+        watched, (outputs, gradients), own = _compared(calls, loss_function, [*learning.values(), *fed], rule)
+    limit = _tolerance(outputs[0].dtype, 1e-3, 0.1) if tolerance is None else tolerance
+    if not all(share <= limit for share in _shares(own[0], outputs)):
         raise RuntimeError("the rule's output is not the network's own")
     outside = [f"a tensor {tuple(t.shape)} outside of the network" for t in watched[len(learning) + len(fed) :]]
     names = [*learning, *(f"input {k}" for k in range(len(fed))), *outside]
-    shares = dict(zip(names, _shares(own.gradients, expected.gradients), strict=True))
+    shares = dict(zip(names, _shares(own[1], gradients), strict=True))
     if wrong := ", ".join(f"{name} by {share:.2g}" for name, share in shares.items() if not share <= limit):
         raise RuntimeError(f"where the rule should be backprop, gradients differ (as shares of backprop's): {wrong}")
     return {name: shares[name] for name in learning}
@@ -895,8 +900,8 @@ def gradient_angles(rule: Rule, loss_function: Callable[[Any], Tensor], *inputs,
     """Angles between the gradients that a rule has left in .grad and those of backprop, at one forward and backward.
 
     To be called between `loss.backward()` and the optimiser's step, with the inputs that were given to the rule; under
-    autocast where the rule was. It changes neither .grad, parameters, buffers nor the state of the generators of random
-    numbers. Dropout draws masks other than the step's, unless that state is first put back to what it was before.
+    autocast where the rule was. It changes nothing. Dropout draws masks other than the step's, unless the state of the
+    generator of random numbers is first put back to what it was before the step.
 
     Args:
         loss_function: from the network's output to the loss, a scalar.
@@ -947,46 +952,17 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     return dict(weights.values())
 
 
-def _explained(rule: Rule, inputs: tuple, keywords: dict, code: bool) -> str:
-    with torch.enable_grad(), _undisturbed(rule, (inputs, keywords)):
-        _called(rule, inputs, keywords)
-    graph, program = _now.read
-    shape = {n: str(tuple(v.shape)) if isinstance(v := n.meta.get("val"), Tensor) else "-" for n in graph.kinds}
-    rows = [("layer", "activity -> output", "error enters at")]
-    for k in graph.layers.values():
-        rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", rule.enters(graph, k)))
-    first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
-    others = collections.Counter(
-        _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers and n.op != "get_attr"
-    )
-    learns = rule.learns if isinstance(rule, LastLayer) else dict(rule.network.named_parameters())
-    told = {
-        "differentiated as they stand": [f"{name} {n}" for name, n in others.items()],
-        "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
-        "do not learn": [n for n, p in rule.network.named_parameters() if n not in learns or not p.requires_grad],
-    }
-    lines = [f"{type(rule).__name__} on {type(rule.network).__name__}: errors go back through {rule.back}", ""]
-    lines += [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
-    for title, parts in told.items():
-        lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99)] if parts else []
-    return "\n".join([*lines, program.code] if code and program else lines)
-
-
-class _Found(NamedTuple):
-    outputs: list[Tensor]
-    gradients: list[Tensor | None]
-
-
 def _compared(calls: list[Callable], loss_function: Callable, watched: list[Tensor], *undisturbed) -> tuple:
-    """What is differentiated, with what comes from outside of a network; and what each of two calls gives: outputs, and
-    gradients of a loss."""
+    """What is differentiated, with leaves outside of a network; and of each of two calls outputs, and gradients of a
+    loss."""
     found = []
     for call in calls:
         with _undisturbed(*undisturbed):
             output = call()
             if not found:
-                watched = [*watched, *_leaves(output, watched)]
-            found.append(_Found(_tensors(output), _gradients(loss_function(output), watched)))
+                leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
+                watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
+            found.append((_tensors(output), _gradients(loss_function(output), watched)))
     return watched, *found
 
 
@@ -1006,12 +982,6 @@ def _nodes_behind(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> se
             found.add(node)
             nodes += [before for before, _ in node.next_functions]
     return found
-
-
-def _leaves(values: Any, known: list[Tensor]) -> list[Tensor]:
-    """The leaves of the autograd graph behind tensors, but those that are known, or behind known tensors."""
-    leaves = [n.variable for n in _nodes_behind(_tensors(values), known) if hasattr(n, "variable")]
-    return [leaf for leaf in leaves if not any(leaf is t for t in known)]
 
 
 def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
@@ -1212,18 +1182,13 @@ def _draws(node: fx.Node) -> bool:
     return node.target is bernoulli or (seeded and not _may_draw_inside(node))
 
 
-def _line(node: fx.Node) -> str:
-    """Where the network calls it."""
-    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
-    last = max((k for k, line in enumerate(lines) if line.startswith("File ")), default=None)
-    return (
-        "a line that torch does not tell" if last is None else " ".join([_place(lines[last]), *lines[last + 1 :][:1]])
-    )
-
-
-def _place(line: str) -> str:
-    """From a line of a stack trace: file:line."""
-    return line.removeprefix("File ").split(", in ")[0].replace('"', "").replace(", line ", ":")
+def _line(of: fx.Node | BaseException) -> str:
+    """Where the network calls an operator, or what an error of torch is about."""
+    trace = of.meta.get("stack_trace", "") if isinstance(of, fx.Node) else str(of)
+    lines = [line.strip() for line in trace.splitlines()] + ["a line that torch does not tell"]
+    calls = [k for k, s in enumerate(lines) if s.startswith("File ") and "/torch/" not in s and __file__ not in s]
+    file = lines[calls[-1] if calls else -1].removeprefix("File ").split(", in ")[0]
+    return " ".join([file.replace('"', "").replace(", line ", ":"), *(lines[calls[-1] + 1 :][:1] if calls else [])])
 
 
 # -------------------------------------------------------------------------------------------------- the graph: writing
@@ -1285,8 +1250,8 @@ class Draft:
             if self.graph.names[place] in initial:
                 values[place] = self.call(torch.clone, values[place])
         for node in self.graph.nodes:
-            if initial:
-                _require_no_draw_inside(node)
+            if initial and _may_draw_inside(node):
+                _require_no_draw(node)
             if node not in values:
                 layer = self.graph.layers.get(node) if at_layer else None
                 values[node] = at_layer(layer, values) if layer else self.again(node, values)
@@ -1313,28 +1278,27 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def _require_no_draw_inside(node: fx.Node) -> None:
-    if _may_draw_inside(node):
-        names = [argument.name for argument in node.target._schema.arguments]
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        if given.get("dropout_p") or given.get("training"):
-            raise TypeError(
-                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a rule that computes the network "
-                "twice cannot repeat; set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-            )
+def _require_no_draw(node: fx.Node) -> None:
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("dropout_p") or given.get("training"):
+        raise TypeError(
+            f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; set "
+            "its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- the graph: capture
 # What is private of torch stands here, tried on torch 2.11 and 2.14: Dynamo's settings, errors and ways of writing.
 
-_SETTINGS = {
-    "allow_rnn": True,  # LSTM, GRU and RNN, as their products
-    "recompile_limit": 2**16, "accumulated_recompile_limit": 2**16,  # many rules share a code object
-    "skip_nnmodule_hook_guards": False,  # hooks that come later are noticed
-    "allow_unspec_int_on_nn_module": True,  # counters on modules are numbers, and no reason to capture anew
-    "optimize_ddp": False,  # which would cut the graph
-    "suppress_errors": False,
-}  # fmt: skip
+_SETTINGS = torch._dynamo.config.patch(
+    allow_rnn=True,  # LSTM, GRU and RNN, as their products
+    recompile_limit=2**16, accumulated_recompile_limit=2**16,  # many rules share a code object
+    skip_nnmodule_hook_guards=False,  # hooks that come later are noticed
+    allow_unspec_int_on_nn_module=True,  # counters on modules are numbers, and no reason to capture anew
+    optimize_ddp=False,  # which would cut the graph
+    suppress_errors=False,
+)  # fmt: skip
 _FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.Function
 _INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 _COUNT = itertools.count()
@@ -1365,7 +1329,8 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     with _LOCK:
         _require_same_network(rule)
         # A graph is checked anew with other backward hooks, which may change gradients.
-        hooks = tuple(h for m in network.modules() for held in (m._backward_hooks, m._backward_pre_hooks) for h in held)
+        modules = rule.known.modules.values()
+        hooks = tuple(hook for m in modules for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held)
         drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
         if rule.recorded is None:
             try:
@@ -1397,7 +1362,7 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
         rule.entry = _entry(modules, tuple((name, p.shape) for name, p in rule.network.named_parameters()))
     _now.rule, _now.hooks, _now.read = rule, hooks, None
     try:
-        with torch._dynamo.config.patch(**_SETTINGS), _without_backward_hooks(rule.network):
+        with _SETTINGS, _without_backward_hooks(rule.known.modules.values()):
             result = rule.entry(rule.network, inputs, keywords)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise _Refused(_reason(error)) from error
@@ -1433,7 +1398,7 @@ class _Capture:
         rule, hooks = _now.rule, _now.hooks
         if hooks is not None and hooks not in self.proved:
             raise _Unproved(self, arguments)
-        names = _named(rule, arguments)
+        names = tuple(rule.known.names.get(id(t)) for t in arguments)
         key = type(rule), _settings(rule), names
         if (program := self.programs.get(key)) is None:
             program = self.programs[key] = _program(rule, _read(rule, self.root.graph, names), self.root)
@@ -1451,7 +1416,7 @@ def _settings(rule: Rule) -> tuple:
 
 def _read(rule: Rule, graph: fx.Graph, names: Iterable[str | None]) -> Graph:
     """Raises TypeError where the rule cannot be right."""
-    read = Graph(graph, names, dict(rule.network.named_parameters()), rule.activities)
+    read = Graph(graph, names, rule.known.parameters, rule.activities)
     if written := [name for place, name in read.parameters.items() if place in read.state]:
         raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
     if rule.layerwise:
@@ -1635,19 +1600,16 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     given = (*network.parameters(), *_tensors((inputs, keywords, arguments)))
     watched = list({id(t): t for t in given if t.requires_grad}.values())
     calls = [lambda: network(*inputs, **keywords), lambda: enter(Backprop(network), inputs, keywords)]
-    try:
-        watched, expected, own = _compared(calls, loss, watched, network, (inputs, keywords))
-    except RuntimeError as error:
-        raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
+    watched, (outputs, gradients), own = _compared(calls, loss, watched, network, (inputs, keywords))
     name = type(network).__name__
-    if len(own.outputs) != len(expected.outputs):
+    if len(own[0]) != len(outputs):
         raise TypeError(f"{name} returns something in which tensors cannot be found; let it return a tuple or dict")
     names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
-    told = [f"output {k}" for k in range(len(own.outputs))]
+    told = [f"output {k}" for k in range(len(outputs))]
     told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
-    shares = _shares(own.outputs, expected.outputs) + _shares(own.gradients, expected.gradients)
+    shares = _shares(own[0], outputs) + _shares(own[1], gradients)
     kinds = {t.device.type for t in watched if torch.is_autocast_enabled(t.device.type)}
-    precisions = {*(t.dtype for t in (*expected.outputs, *watched)), *map(torch.get_autocast_dtype, kinds)}
+    precisions = {*(t.dtype for t in (*outputs, *watched)), *map(torch.get_autocast_dtype, kinds)}
     limit = max(_tolerance(precision, 1e-2, 0.3) for precision in precisions)
     for what, share in zip(told, shares, strict=True):
         if not share <= limit:
@@ -1655,10 +1617,10 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
 
 
 @contextlib.contextmanager
-def _without_backward_hooks(network: nn.Module):
+def _without_backward_hooks(modules: Iterable[nn.Module]):
     """A rule has no gradients to show them."""
     kinds = "_backward_hooks", "_backward_pre_hooks"
-    held = [(vars(m), kind, vars(m)[kind]) for m in network.modules() for kind in kinds if vars(m)[kind]]
+    held = [(vars(m), kind, vars(m)[kind]) for m in modules for kind in kinds if vars(m)[kind]]
     for place, kind, _ in held:
         place[kind] = collections.OrderedDict()
     try:
@@ -1670,10 +1632,9 @@ def _without_backward_hooks(network: nn.Module):
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in a line, and at which line of the network."""
-    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
-    files = [line for line in text if line.startswith("File ") and "/torch/" not in line and __file__ not in line]
-    return ": ".join([text[0], *told[:1]]) + "".join(f" (at {_place(line)})" for line in files[-1:])
+    told = [line.strip().removeprefix("Explanation: ") for line in str(error).splitlines()]
+    explained = [line.strip() for line in str(error).splitlines() if "Explanation: " in line]
+    return ": ".join([next(filter(None, told), type(error).__name__), *explained[:1]]) + f" (at {_line(error)})"
 
 
 def _depth() -> int:
@@ -1768,9 +1729,10 @@ class _Record(TorchDispatchMode):
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
-    with _without_backward_hooks(rule.network):
+    with _without_backward_hooks(rule.known.modules.values()):
         record = _Record(rule.network, inputs, keywords)
-    graph, tensors = _read(rule, record.graph, _named(rule, record.arguments)), rule.tensors()
+    names = [rule.known.names.get(id(t)) for t in record.arguments]
+    graph, tensors = _read(rule, record.graph, names), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
 
     def call(function: Callable, *args, **kwargs) -> Any:
@@ -1790,21 +1752,23 @@ class _Tensors(nn.Module):
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]):
         super().__init__()
+        self.places: list[tuple[str, dict, str]] = []
         for name, tensor in tensors:
-            *path, last = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                module = module._modules.setdefault(part, nn.Module())
-            module._buffers[last] = tensor
+            self.add(name, tensor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            module = module._modules.setdefault(part, nn.Module())
+        module._buffers[last] = tensor
+        self.places.append((name, module._buffers, last))
 
     def named(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers(remove_duplicate=False))
-
-    def append(self, tensor: Tensor) -> None:
-        self._buffers[str(len(self))] = tensor
+        return {name: place[key] for name, place, key in self.places}
 
     def __len__(self) -> int:
-        return len(self.named())
+        return len(self.places)
 
     def __iter__(self):
         return iter(self.named().values())
@@ -1901,15 +1865,18 @@ def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
 REMEDY = "Backprop takes it; for other rules write that part of the network with torch's own operators"
 
 
-def _named(rule: Rule, arguments: Iterable) -> tuple[str | None, ...]:
-    """The names of the parameters and buffers among a call's inputs."""
-    names = {id(t): n for n, t in (*rule.network.named_buffers(), *rule.network.named_parameters())}
-    return tuple(names.get(id(t)) for t in arguments)
+class _Anatomy:
+    """A network's modules, parameters and buffers, as they are now; `names` of parameters and buffers, by identity."""
 
+    def __init__(self, network: nn.Module):
+        self.modules = dict(network.named_modules(remove_duplicate=False))
+        self.parameters, self.buffers = dict(network.named_parameters()), dict(network.named_buffers())
+        self.names = {id(t): name for name, t in (*self.buffers.items(), *self.parameters.items())}
+        self.parts = self.found()
 
-def _anatomy(network: nn.Module) -> list[tuple[str, Any]]:
-    """A network's modules and parameters, each under all of its names."""
-    return [*network.named_modules(remove_duplicate=False), *network.named_parameters(remove_duplicate=False)]
+    def found(self) -> list[int]:
+        held = (parts for m in self.modules.values() for parts in (m._modules, m._parameters, m._buffers))
+        return [id(part) for parts in held for part in parts.values()]
 
 
 def _require_same_network(rule: Rule) -> None:
@@ -1922,18 +1889,21 @@ def _require_same_network(rule: Rule) -> None:
         )
     if getattr(rule, "_is_replica", False):
         raise RuntimeError("DataParallel copies parameters, which a rule cannot follow; use DistributedDataParallel")
-    now = _anatomy(rule.network)
-    for one, other in itertools.zip_longest(now, rule.known, fillvalue=("the network", None)):
-        if one[0] == other[0] and one[1] is other[1]:
-            continue
-        # Other parameters of the same shapes are fine: load_state_dict(assign=True).
-        parameters = isinstance(one[1], nn.Parameter) and isinstance(other[1], nn.Parameter)
-        if one[0] != other[0] or not parameters or one[1].shape != other[1].shape:
-            raise RuntimeError(
-                f"{one[0] or 'the network'} has other modules or parameters than when the rule was made (or torch.func "
-                "has put other tensors in their places): make the rule anew"
-            )
-    rule.known = now
+    known = rule.known
+    if known.found() == known.parts:
+        return
+    rule.known = now = _Anatomy(rule.network)
+    for parts, before in ((now.modules, known.modules), (now.parameters, known.parameters)):
+        for name in parts | before:
+            one, other = parts.get(name), before.get(name)
+            # Other parameters of the same shapes are fine: load_state_dict(assign=True).
+            parameters = isinstance(one, nn.Parameter) and isinstance(other, nn.Parameter) and one.shape == other.shape
+            if one is not other and not parameters:
+                rule.known = known
+                raise RuntimeError(
+                    f"{name or 'the network'} is another than when the rule was made (or torch.func has put other "
+                    "tensors in the places of parameters): make the rule anew"
+                )
 
 
 def _require_plain(network: nn.Module) -> None:
