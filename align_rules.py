@@ -33,8 +33,8 @@ activity: scaling, masks, casts, W + A C of an adapter (B for all three), slices
 and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a gain, for itself; in spectral norm B is
 divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
 complex B, and errors go back through the conjugate transpose. nn.Bilinear's activity is the outer product of its
-inputs. A product of two weights is no layer, nor is one of two activities (attention scores). Frozen parameters do not
-learn; errors go through their layers as through the others.
+inputs. `recurrence` is a loop over layers as one operator. A product of two weights is no layer, nor is one of two
+activities (attention scores). Frozen parameters do not learn; errors go through their layers as through the others.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
@@ -160,6 +160,74 @@ def _transposed(gradient: Tensor, activity: Tensor, weight: Tensor, product: Cal
     else:
         sent = gradient @ weight.mH if side == 0 else weight.mH @ gradient
     return sent if options == 1 else options * sent
+
+
+@torch.library.custom_op("align_rules::recurrence", mutates_args=())
+def _recurrence(
+    s0: Tensor, W: Tensor, drive: Tensor, feedback: Tensor | None = None, path: Tensor | None = None
+) -> Tensor:
+    """`recurrence`. Errors go back in time through `feedback`; without one through W, and nowhere if it is empty. What
+    is sent to states in this way also goes to `path`, a tensor of their shape."""
+    states, state, weight = drive.clone(memory_format=torch.contiguous_format), s0, W.t()
+    for row in states.unbind():
+        state = row.addmm_(state, weight).relu_()
+    return states
+
+
+@_recurrence.register_fake
+def _(s0: Tensor, W: Tensor, drive: Tensor, feedback: Tensor | None = None, path: Tensor | None = None) -> Tensor:
+    return torch.empty_like(drive, memory_format=torch.contiguous_format)
+
+
+def _back_in_time(ctx, gradient: Tensor):
+    if torch.is_grad_enabled():
+        raise RuntimeError("the gradient of a recurrence cannot be differentiated again; write its steps as a loop")
+    s0, W, states, feedback = ctx.saved_tensors
+    of_s0, of_W, _, _, of_path = (*ctx.needs_input_grad, False, False)[:5]  # arguments left out are left out there
+    back = W if feedback is None else feedback
+    slopes, sent = states.sign(), torch.zeros_like(states) if of_path else None
+    deltas, to_s0, to_W = gradient.clone(memory_format=torch.contiguous_format), None, None
+    if back.numel():
+        delta = None
+        for t, (row, slope) in enumerate(zip(deltas.unbind()[::-1], slopes.unbind()[::-1], strict=True), start=1):
+            if delta is not None:
+                row.add_(torch.mm(delta, back, out=sent[-t])) if of_path else row.addmm_(delta, back)
+            delta = row.mul_(slope)
+        to_s0 = delta @ back if of_s0 else None
+    else:
+        deltas *= slopes
+    if of_W:  # the sum over all steps in one product
+        to_W = torch.addmm(deltas[0].t() @ s0, deltas[1:].flatten(0, 1).t(), states[:-1].flatten(0, 1))
+    return to_s0, to_W, deltas, None, sent
+
+
+def _keep(ctx, inputs, output) -> None:
+    s0, W, _, feedback, _ = inputs
+    ctx.save_for_backward(s0, W, output, feedback)
+
+
+_recurrence.register_autograd(_back_in_time, setup_context=_keep)
+RECURRENCE = torch.ops.align_rules.recurrence.default
+
+
+def recurrence(s0: Tensor, W: Tensor, drive: Tensor) -> Tensor:
+    """The states s_t = relu(drive_t + s_{t-1} W^T), (time, batch, width), as one layer: a fast loop in its place.
+
+    Rules do with it what they do with the same steps written one by one, except that AlignAda's errors enter at its
+    states with either coupling, and that DirectFeedbackAlignment refuses it.
+
+    Args:
+        s0: (batch, width).
+        W: (width, width).
+        drive: (time, batch, width), in whose type all is computed; at least one time step.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if not len(drive) or (*s0.shape, *W.shape) != (*drive.shape[1:], *2 * drive.shape[2:]):
+        shapes = [tuple(t.shape) for t in (s0, W, drive)]
+        raise ValueError(f"s0, W, drive must be (batch, width), (width, width), (time, batch, width), not {shapes}")
+    return _recurrence(s0.to(drive.dtype), W.to(drive.dtype), drive)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -349,6 +417,8 @@ class FeedbackAlignment(Rule):
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         """y = a W, and the error at y goes to a through B."""
+        if layer.recurrent:
+            return draft.again(layer.node, now, feedback=B)
         return draft.call(transport, draft.cut(layer, now), now[layer.activity], B, *draft.product(layer, now))
 
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -539,8 +609,9 @@ class WeightMirror(FeedbackAlignment):
         if not self.mirroring:
             return super().layer(draft, layer, now, B)
         draft.graph.require_proportional(layer)
-        factors = now[layer.activity], now[layer.weight], B
-        return draft.call(_meet, draft.own("met"), draft.again(layer.node, now), *factors, *draft.product(layer, now))
+        y = draft.again(layer.node, now)
+        a = y if layer.recurrent else now[layer.activity]  # a recurrence's states have the shape of what it reads
+        return draft.call(_meet, draft.own("met"), y, a, now[layer.weight], B, *draft.product(layer, now))
 
 
 def _meet(met: list, output: Tensor, activity: Tensor, weight: Tensor, ones: Tensor, product, side: int, options):
@@ -548,6 +619,8 @@ def _meet(met: list, output: Tensor, activity: Tensor, weight: Tensor, ones: Ten
     what the mean of that is the weight's multiple of."""
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
+        if product is RECURRENCE:
+            return x @ weight.mT
         left, right = (x, weight) if side == 0 else (weight, x)
         convolves = product is aten.convolution.default
         return product(left, right, None, *options) if convolves else options * (left @ right)
@@ -610,6 +683,8 @@ class DirectFeedbackAlignment(Rule):
 
         for node in graph.nodes:
             layer = graph.layers.get(node)
+            if layer and layer.recurrent:
+                raise TypeError("direct feedback needs a block for every step of a recurrence; write its steps as a loop")
             place = layer.activity if layer else node
             while place in inside and _rearranges(place) and place.meta["val"].shape[:1] != examples:
                 inside.discard(place)  # (batch x positions, ...), as products have it
@@ -806,15 +881,16 @@ class AlignAda(_FromInitial):
             if set(layer.names) & set(self.uncoupled):
                 return draft.again(layer.node, first)
             activation, path = self.entrance(draft.graph, layer)
+            states = {"path": now[layer.node]} if layer.recurrent else {}
             if activation is None:
                 a0 = draft.call(couple, first[a], now[a])
-                return draft.again(layer.node, first, {layer.position: a0})
+                return draft.again(layer.node, first, {layer.position: a0}, **states)
             for node in (activation, *path):
                 if node not in coupled:
                     u = activation.args[0]
                     at_u = {0: draft.call(couple, first[u], now[u])} if node is activation else {}
                     coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
-            return draft.again(layer.node, first, {layer.position: coupled[a]})
+            return draft.again(layer.node, first, {layer.position: coupled[a]}, **states)
 
         first = self.initially(draft, now, lambda value: draft.call(sg, value))
         first = draft.follow(first, coupling, initial=self.kept)
@@ -1011,11 +1087,13 @@ def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[f
 
 FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
 
-# Products, and the positions of their two factors.
+# Products, and the positions that an activity and a weight can have among their arguments.
 PRODUCTS = {
-    aten.mm.default: (0, 1), aten.addmm.default: (1, 2), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2),
-    aten.mv.default: (0, 1), aten.addmv.default: (1, 2), aten.dot.default: (0, 1), aten.vdot.default: (0, 1),
-    aten._sparse_addmm.default: (1, 2), aten.convolution.default: (0, 1),
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default,
+                     aten.convolution.default), ((0, 1), (1, 0))),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten._sparse_addmm.default),
+                    ((1, 2), (2, 1))),
+    RECURRENCE: ((0, 1),),
 }  # fmt: skip
 
 
@@ -1059,6 +1137,7 @@ class Layer(NamedTuple):
 
     activity = property(lambda self: self.node.args[self.position])
     weight = property(lambda self: self.node.args[self.weight_position])
+    recurrent = property(lambda self: self.node.target is RECURRENCE)
 
 
 class Graph:
@@ -1103,10 +1182,12 @@ class Graph:
             self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
             if kind == WEIGHT:
                 sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
-            factors = PRODUCTS.get(node.target, ())
-            for one, other in zip(factors, factors[::-1], strict=True):
-                if self.kinds[node.args[one]] == ACTIVITY and sources.get(node.args[other]):
-                    self.layers[node] = Layer(node, one, other, tuple(sorted(sources[node.args[other]])))
+            for one, other in PRODUCTS.get(node.target, ()):
+                read, weight = node.args[one], node.args[other]
+                # A recurrence reads its own states, and may start at a constant.
+                loop = node.target is RECURRENCE and kind == ACTIVITY and self.kinds[read] == FIXED
+                if (self.kinds[read] == ACTIVITY or loop) and sources.get(weight):
+                    self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
 
     def origin(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
         """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order."""
@@ -1212,16 +1293,18 @@ class Draft:
         self.held = dict(zip(graph.places, places, strict=True))
         self.places = self.held | {place: call(torch.clone, self.held[place]) for place in graph.state}
 
-    def again(self, node: fx.Node, values: Mapping, instead: Mapping[int, Any] = types.MappingProxyType({})) -> Any:
+    def again(self, node: fx.Node, values: Mapping, instead: Mapping = types.MappingProxyType({}), **more) -> Any:
         """What the network does at a node, with these values of its arguments, and others instead at some positions."""
         if node in self.fixed:
             return self.fixed[node]
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         args = [instead.get(position, value) for position, value in enumerate(args)]
-        return self.call(node.target, *args, **kwargs)
+        return self.call(node.target, *args, **kwargs, **more)
 
     def cut(self, layer: Layer, values: Mapping) -> Any:
         """A layer's output, from which no error goes on to the layer's input."""
+        if layer.recurrent:
+            return self.again(layer.node, values, feedback=self.call(torch.empty, 0))
         return self.again(layer.node, values, {layer.position: self.call(sg, values[layer.activity])})
 
     def product(self, layer: Layer, values: Mapping) -> tuple:
