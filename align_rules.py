@@ -681,13 +681,18 @@ class DirectFeedbackAlignment(Rule):
             now[node] = draft.call(sg, now[node])
             inside.discard(node)
 
+        def ends_elsewhere(node: fx.Node) -> bool:  # at what it copies, or folds: (batch x positions, ...)
+            return _operator(node) in ("clone", "_to_copy") or node.meta["val"].shape[:1] != examples
+
         for node in graph.nodes:
             layer = graph.layers.get(node)
             if layer and layer.recurrent:
-                raise TypeError("direct feedback needs a block for every step of a recurrence; write its steps as a loop")
+                raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
+            if _operator(node).startswith("_thnn_fused"):
+                raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
             place = layer.activity if layer else node
-            while place in inside and _rearranges(place) and place.meta["val"].shape[:1] != examples:
-                inside.discard(place)  # (batch x positions, ...), as products have it
+            while place in inside and _rearranges(place) and ends_elsewhere(place):
+                inside.discard(place)
                 place = place.all_input_nodes[0]
             if layer and place in inside:
                 end(place)
@@ -717,6 +722,9 @@ class DirectFeedbackAlignment(Rule):
         given = [tuple(B.shape) for B in self.feedback]
         if len(given) != len(shapes) or any(B not in (s, s[:2]) for B, s in zip(given, shapes, strict=True)):
             raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
+        for (_, held, key), end in zip(self.feedback.places, ends, strict=True):
+            if held[key].dim() == 4 and end.is_contiguous(memory_format=torch.channels_last):  # B in that order too
+                held[key] = held[key].contiguous(memory_format=torch.channels_last)
         places = [(B.data, end.shape, end.dtype) for B, end in zip(self.feedback, ends, strict=True)]
         asked = [t for t in inputs if t.requires_grad]
 
