@@ -1723,9 +1723,9 @@ def _without_backward_hooks(modules: Iterable[nn.Module]):
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in a line, and at which line of the network."""
-    told = [line.strip().removeprefix("Explanation: ") for line in str(error).splitlines()]
-    explained = [line.strip() for line in str(error).splitlines() if "Explanation: " in line]
-    return ": ".join([next(filter(None, told), type(error).__name__), *explained[:1]]) + f" (at {_line(error)})"
+    text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
+    return f"{': '.join([text[0], *told[:1]])} (at {_line(error)})"
 
 
 def _depth() -> int:
