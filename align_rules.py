@@ -1053,7 +1053,10 @@ def _gradients(loss: Tensor, of: list[Tensor], **options) -> list[Tensor | None]
     if not of or not isinstance(loss, Tensor) or not loss.requires_grad:
         return [None] * len(of)
     with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
-        return list(torch.autograd.grad(loss, of, allow_unused=True, **options))
+        try:
+            return list(torch.autograd.grad(loss, of, allow_unused=True, **options))
+        except RuntimeError as error:
+            raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
 
 
 def _nodes_behind(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> set:
