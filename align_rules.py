@@ -1445,14 +1445,14 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
-            rule.recorded = set()
-            warnings.warn(
-                f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch "
-                f"cannot write it down: {reason}",
-                stacklevel=_depth(),
-            )
-        if hooks not in rule.recorded:
+        if hooks not in (rule.recorded or ()):
             _prove(network, inputs, keywords, _record, ())
+            if rule.recorded is None:
+                rule.recorded = set()
+                warnings.warn(
+                    f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch "
+                    f"cannot write it down: {reason}", stacklevel=_depth()
+                )  # fmt: skip
             rule.recorded.add(hooks)
         return _record(rule, inputs, keywords)
 
@@ -1468,11 +1468,10 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
     try:
         with _SETTINGS, _without_backward_hooks(rule.known.modules.values()):
             result = rule.entry(rule.network, inputs, keywords)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise _Refused(_reason(error)) from error
-    except RuntimeError as error:
-        if _now.read or "fullgraph=True" not in str(error):
+    except (RuntimeError, AssertionError) as error:  # as Dynamo's are
+        if _now.read:
             raise
+        raise _Refused(_reason(error)) from error
     if not _now.read:
         raise _Refused("torch.compile is switched off here, or another mode watches what torch is called for")
     return result
@@ -1565,22 +1564,22 @@ def _functionalised(function: Callable, *values) -> Any:
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-
-    def outside(value: Any) -> Any:
-        if not isinstance(value, FunctionalTensor):
-            return value
-        torch._sync(value)
-        return torch._from_functional_tensor(value.elem)
-
     with FunctionalTensorMode():
         inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
-        results = pytree.tree_map(outside, function(*inside))
-        now = [outside(value) for value in inside]
+        results = pytree.tree_map(_outside, function(*inside))
+        now = [_outside(value) for value in inside]
     with torch.no_grad():
         for value, new in zip(values, now, strict=True):
             if isinstance(value, Tensor) and new is not value:
                 value.copy_(new)
     return results
+
+
+def _outside(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)
+    return torch._from_functional_tensor(value.elem)
 
 
 class _Walk(fx.Interpreter):
@@ -1652,11 +1651,24 @@ def _unchecked(function: Callable, *args, **kwargs) -> Any:
 
 
 def _as_products(function: Callable, *args) -> Any:
+    # What packed sequences have of batch sizes is read, not computed with.
+    args = pytree.tree_map_only(Tensor, lambda t: t if _differentiable(t) else _outside(t), args)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), torch.backends.cudnn.flags(enabled=False):
         return function(*args)
 
 
+def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
+    """torch.nn.utils.rnn.pad_packed_sequence: (steps of all sequences, one after the other) -> (time, batch, ...)."""
+    sizes = _outside(batch_sizes).tolist()
+    sizes += [0] * (total - len(sizes))
+    ends = [[0, 0] * (data.dim() - 1) + [0, sizes[0] - size] for size in sizes]
+    padded = torch.stack([F.pad(row, end, value=value) for row, end in zip(data.split(sizes), ends, strict=True)])
+    lengths = torch.tensor([sum(size > k for size in sizes) for k in range(sizes[0])])
+    return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
 SPELLED = {
+    torch._VF._pad_packed_sequence: _padded,
     **{f: functools.partial(_as_products, f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **{f: functools.partial(_unchecked, g) for f, g in (
         (torch.linalg.inv, torch.linalg.inv_ex), (torch.inverse, torch.linalg.inv_ex),
@@ -1737,8 +1749,8 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     for what, share in zip(told, shares, strict=True):
         if not share <= limit:
             raise TypeError(
-                f"torch writes {name} down wrongly, or it keeps state elsewhere than in tensors and containers of its "
-                f"modules: {what} is off by {share:.2g} of its size. {REMEDY}"
+                f"torch writes {name} down wrongly, or it has hooks on tensors, or state elsewhere than in tensors and "
+                f"containers of its modules: {what} is off by {share:.2g} of its size. {REMEDY}"
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
 import align_rules
@@ -172,6 +172,13 @@ def straight_through(s, x: Tensor) -> Tensor:
     return s.b(z + (q - z).detach()) + (q - z.detach()).square().mean()
 
 
+def packed(s, x: Tensor) -> Tensor:
+    ends = torch.tensor([2, 5, 3, 1])
+    states, _ = s.r(rnn.pack_padded_sequence(x, ends, batch_first=True, enforce_sorted=False))
+    padded, _ = rnn.pad_packed_sequence(states, batch_first=True, padding_value=0.5, total_length=6)
+    return s.o(padded.mean(1))
+
+
 def last(module, x: Tensor) -> Tensor:
     return module(x)[0][:, -1]
 
@@ -209,6 +216,8 @@ NETWORKS = {
                               o=nn.Linear(8, CLASSES)), sequences),
     "GRU": (lambda: Function(lambda s, x: s.o(last(s.r, x)), r=nn.GRU(SIZE, 8, batch_first=True, bidirectional=True),
                              o=nn.Linear(16, CLASSES)), sequences),
+    "packed": (lambda: Function(packed, r=nn.LSTM(SIZE, 8, 2, batch_first=True, bidirectional=True),
+                                o=nn.Linear(16, CLASSES)), sequences),
     "cells": (lambda: Function(lambda s, x: s.o(s.l(s.g(x[:, 0]))[0] + s.r(x[:, 1])), g=nn.GRUCell(SIZE, 8),
                                l=nn.LSTMCell(8, 8), r=nn.RNNCell(SIZE, 8), o=nn.Linear(8, CLASSES)), sequences),
     "transformer": (lambda: Function(
@@ -263,7 +272,7 @@ NETWORKS = {
         parametrised(lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"), SIZE, SIZE), nn.Tanh(),
         nn.Linear(SIZE, CLASSES)), vectors),
 }  # fmt: skip
-RECORDED = ("settles", "layer drop", "own draws")
+RECORDED = ("settles", "layer drop", "own draws", "packed")
 KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
 
 
