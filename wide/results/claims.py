@@ -62,7 +62,8 @@ FEW = (
     *(
         Setting(
             f"{setting.title}, {images} images",
-            setting.fields | {"data_limit": images, "batch_size": min(images, 100), "learning_rate": 5.0}, epochs,
+            setting.fields | {"data_limit": images, "batch_size": min(images, 100), "learning_rate": 5.0, "width": 1024},
+            epochs,
         )
         for setting in (PLAIN, CENTRED)
         for images, epochs in LITTLE.items()

@@ -8,11 +8,11 @@ from wide.command_line import Parser, carry_out
 from wide.results import baselines, claims_page, headline
 from wide.results.keeping import (
     Kept,
-    commands,
     copy_finished,
     page,
     read,
     require_small,
+    script,
     write_page,
     write_reports,
 )
@@ -64,7 +64,7 @@ def texts(root: Path, kept: list[Kept]) -> dict[Path, str]:
     overview, details = claims_page.pages(kept)
     return {
         root / "results" / "README.md": page(root / "results", kept),
-        root / "results" / "studies.sh": commands(kept),
+        root / "results" / "studies.sh": script(kept),
         root / "docs" / "claims.md": overview,
         root / "docs" / "claims_in_detail.md": details,
         root / "README.md": f"{before}{START}\n{table}\n{END}{after}",

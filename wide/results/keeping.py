@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from wide.grids.study import Study as Grid
 from wide.models.rules import RULES
 from wide.reports.report import TableReport
 from wide.results import baselines
-from wide.results.studies import STUDIES, Study
+from wide.results.studies import STUDIES, Study, commands
 from wide.runs.files import replace_text, writing
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.run import Run
 
-LIMIT = 25e6  # bytes of results/ in all
+LIMIT = 35e6  # bytes of results/ in all
 KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv", "gaps.csv")
 
 
@@ -56,16 +56,15 @@ HEADLINE = (
         "width": 64,
         "data_limit": None,
         "learning_rate": 5.0,
-        "rule": ("backprop", "align_ada", "align_zero"),
     },
     {"dataset": "kmnist", "network": "cnn", "learning_rate": 5.0, "seed": 99, "width": (16, 64), "batch_size": 100},
     {"dataset": "cifar", "learning_rate": 5.0, "seed": 99, "width": 16, "batch_size": 100, "data_limit": None},
-    {"dataset": "add", "seed": 99, "width": (64,), "rule": ("backprop", "align_ada", "align_zero")},
+    {"dataset": "add", "seed": 99, "width": 64},
 )
 
 
 def is_headline(run: Run) -> bool:
-    return any(matches(run, fields) for fields in HEADLINE)
+    return run.rule in ("backprop", "align_ada", "align_zero") and any(matches(run, fields) for fields in HEADLINE)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -181,14 +180,15 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         found = [one for one in done(study, kept) if one.run in set(study.grid.runs)]
         if not found:
             continue
-        options = dataclasses.replace(study.grid.options, outputs=results)
-        grid = dataclasses.replace(study.grid, experiment=_trimmed(study.grid, found), options=options)
-        grid.experiment.report.write(grid.shown)
+        grid = dataclasses.replace(study.grid, options=dataclasses.replace(study.grid.options, outputs=results))
+        there = {one.run for one in found}
+        shown = dataclasses.replace(grid.shown, folders=[folder for folder in grid.folders if folder.run in there])
+        grid.experiment.report.write(shown)
         for suffix in (".csv", ".md", ".png"):
             target = results / "reports" / (study.name + suffix)
             with writing(target.parent):
                 target.unlink(missing_ok=True)
-                if (source := grid.shown.path.with_suffix(suffix)).exists():
+                if (source := shown.path.with_suffix(suffix)).exists():
                     os.replace(source, target)
             if not makes_lines(grid, found):
                 target.with_suffix(".png").unlink(missing_ok=True)
@@ -201,84 +201,83 @@ def makes_lines(grid: Grid, found: list[Kept]) -> bool:
     return not in_lines or len({getattr(one.run, view.against) for one in found if not one.diverged(grid.epochs)}) >= 3
 
 
-def _trimmed(grid: Grid, found: list[Kept]):
-    """The experiment with the values alone for which there are runs."""
-    axes = {"rules": "rule", "widths": "width", "learning_rates": "learning_rate", "seeds": "seed"}
-    axes["data_limits"] = "data_limit"
-    there = {axis: {getattr(one.run, field) for one in found} for axis, field in axes.items()}
-    kept = {axis: tuple(v for v in getattr(grid.experiment, axis) if v in there[axis]) for axis in axes}
-    return dataclasses.replace(grid.experiment, **kept)
-
-
-def commands(kept: list[Kept]) -> str:
-    """A shell script that trains, resumably, what is missing of the studies that were begun."""
+def script(kept: list[Kept]) -> str:
+    """A shell script that trains, resumably, the runs that are here and no others."""
     lines = [
         "#!/bin/sh",
-        "# The studies that results/ has, whole or in part; what OUTPUTS has is not trained again. Made by",
-        "# collect_results.py. usage: sh results/studies.sh DATA [OUTPUTS]",
-        "# (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
-        "# To train only what results/ lacks: cp -r results/add results/cifar results/kmnist OUTPUTS   first.",
+        "# Trains the runs that results/ has; what OUTPUTS has is not trained again. Made by collect_results.py.",
+        "# usage: sh results/studies.sh DATA [OUTPUTS]    (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
         "DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}",
     ]
-    begun = [study for study in STUDIES if done(study, kept)]
-    lines += ["python3 " + one.command.replace(" DATA", ' "$DATA"') + ' --outputs "$OUTPUTS"' for one in begun]
+    trained = [command for study in STUDIES for command in commands_of(study, done(study, kept))]
+    lines += ["python3 " + one.replace(" DATA", ' "$DATA"') + ' --outputs "$OUTPUTS"' for one in trained]
     return "\n".join([*lines, ""])
 
 
+def commands_of(study: Study, found: list[Kept]) -> list[str]:
+    """What trains these runs, wherever times of them were taken."""
+    return commands(study, {_anywhere(one.run) for one in found})
+
+
 def page(results: Path, kept: list[Kept]) -> str:
-    """results/README.md: every study, how much of it is done, its command, data, machine, seeds and hours."""
-    lines = [
-        "# Results",
-        "",
-        "Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).",
-        "Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of",
-        "headline runs, and so cannot be trained further. `python3 <script> <number> <options> --outputs results",
-        "--report` prints a study's table of what is here and trains nothing; `--evaluate` measures what has a",
-        "checkpoint anew. `sh results/studies.sh DATA` trains again, resumably, the studies that are done or begun.",
-        "",
-        "## Data",
-        "",
-        *(f"- {text}." for text in DATASETS.values()),
-        "",
-        "## Studies",
-        "",
-        "Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), on one thread",
-        "beside other work, with what it was paused: they say what the studies cost here, not how fast a step is.",
-        "Runs of two studies count in both. Times (cifar_time) were taken on every machine that is named.",
-        "",
-        "| study | runs done of planned | seeds | epochs | hours | data | machine |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    sections, planned = [], []
+    """results/README.md: of every study its runs, commands, data, machines, seeds and hours."""
+    lines = [PAGE, *(f"- {text}." for text in DATASETS.values()), "", STUDIES_NOTE]
+    sections = []
     for study in STUDIES:
-        found, grid = done(study, kept), study.grid
-        if not found:
-            planned.append(f"| {study.name} | {len(grid.runs)} | `python3 {study.command}` |")
+        if not (found := done(study, kept)):
             continue
+        epochs, name = study.grid.epochs, study.name
         seeds = ", ".join(map(str, sorted({one.run.seed for one in found})))
-        hours = sum(sum(row["seconds"] for row in one.rows[: grid.epochs]) for one in found) / 3600
+        hours = sum(sum(row["seconds"] for row in one.rows[:epochs]) for one in found) / 3600
         diverged = sum(one.diverged() for one in found)
-        data, machine = ("; ".join(sorted({getattr(one, name) for one in found})) for name in ("data", "device"))
-        runs = f"{_count(found)} of {len(grid.runs)}" + (f" ({diverged} diverged)" if diverged else "")
-        lines.append(f"| {study.name} | {runs} | {seeds} | {grid.epochs} | {hours:.2f} | {data} | {machine} |")
-        sections += ["", f"### {study.name}", "", f"{study.title[0].upper()}{study.title[1:]}. "]
-        sections[-1] += f"`python3 {study.command}`"
-        if (results / "reports" / f"{study.name}.png").exists():
-            sections += ["", f"![{study.title}](reports/{study.name}.png)"]
-        sections += ["", f"[table](reports/{study.name}.md), [rows](reports/{study.name}.csv)"]
+        count = f"{len(found)}" + (f" ({diverged} diverged)" if diverged else "")
+        data = "; ".join(sorted({one.data for one in found}))
+        lines.append(f"| {name} | {count} | {seeds} | {epochs} | {hours:.2f} | {data} | {machines(found)} |")
+        sections += ["", f"### {name}", "", f"{study.title[0].upper()}{study.title[1:]}."]
+        if (results / "reports" / f"{name}.png").exists():
+            sections += ["", f"![{study.title}](reports/{name}.png)"]
+        sections += ["", f"[table](reports/{name}.md), [rows](reports/{name}.csv)", "", "```sh"]
+        sections += [f"python3 {command}" for command in commands_of(study, found)] + ["```"]
     total = defaultdict(float)
     for one in kept:
         total[one.device] += one.seconds / 3600
     lines += ["", "All runs, each once: " + "; ".join(f"{h:.2f} hours on {d}" for d, h in sorted(total.items())) + "."]
-    if planned:
-        lines += ["", "Planned, and not begun:", "", "| study | runs | command |", "|---|---|---|", *planned]
-    return "\n".join([*lines, "", "## Tables and figures", *sections, ""])
+    return "\n".join([*lines, "", "## Tables, figures and commands", *sections, ""])
 
 
-def _count(found: list[Kept]) -> str:
-    """How many; of times, on each machine."""
-    counts = Counter(one.run.timed_on for one in found)
-    return " and ".join(str(counts[machine]) for machine in sorted(counts, key=str))
+PAGE = """\
+# Results
+
+Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).
+Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of
+headline runs, and so cannot be trained further. `python3 <script> <number> <options> --outputs results
+--report` prints a study's table of what is here and trains nothing; `--evaluate` measures what has a
+checkpoint anew. `sh results/studies.sh DATA` trains again, resumably, the runs that are here and no others.
+
+## Data
+"""
+STUDIES_NOTE = """\
+## Studies
+
+Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), beside other work (on
+the GPU, beside eight other runs): they say what the studies cost here, not how fast a step is. A processor's are on
+one thread unless it says otherwise. Runs of two studies count in both. Where several machines took part, the widths
+say which trained what.
+
+| study | runs | seeds | epochs | hours | data | machine |
+|---|---|---|---|---|---|---|"""
+
+
+def machines(found: list[Kept]) -> str:
+    """On which they were trained; the widths, where not all have all of them."""
+    widths: dict[str, set[int]] = defaultdict(set)
+    for one in found:
+        widths[one.device].add(one.run.width)
+    alike = len(set(map(frozenset, widths.values()))) == 1
+    return "; ".join(
+        device + ("" if alike else f" (width {', '.join(map(str, sorted(widths[device])))})")
+        for device in sorted(widths)
+    )
 
 
 def write_page(path: Path, text: str) -> None:
