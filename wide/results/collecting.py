@@ -47,8 +47,11 @@ def collect(outputs: Path | None, root: Path = ROOT) -> str:
     for path, text in texts(root, kept).items():
         write_page(path, text)
     with writing(root / "docs"):
-        beaten = baselines.read(baselines.PATH)
-        replace(root / "docs" / "accuracy.png", lambda file: headline.draw(file, kept, beaten))
+        for name, plot, beaten in (
+            ("accuracy", headline.WIDTHS, baselines.read(baselines.PATH)),
+            ("little_data", headline.IMAGES, {}),
+        ):
+            replace(root / "docs" / f"{name}.png", lambda file, p=plot, b=beaten: headline.draw(file, p, kept, b))
     require_small(results)
     return f"{copied} runs copied; {len(kept)} runs in {results}"
 

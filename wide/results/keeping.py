@@ -195,10 +195,12 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
 
 
 def makes_lines(grid: Grid, found: list[Kept]) -> bool:
-    """Whether its figure has lines of three points at least, or is of another kind."""
-    view = grid.experiment.view
+    """Whether its figure has lines of three points at least, of two rules or more, or is of another kind."""
+    view, through = grid.experiment.view, [one.run for one in found if not one.diverged(grid.epochs)]
     in_lines = isinstance(grid.experiment.report, TableReport) and view.figure in ("lines", "gap", "timing")
-    return not in_lines or len({getattr(one.run, view.against) for one in found if not one.diverged(grid.epochs)}) >= 3
+    return not in_lines or (
+        len({getattr(r, view.against) for r in through}) >= 3 and len({r.rule for r in through}) > 1
+    )
 
 
 def script(kept: list[Kept]) -> str:

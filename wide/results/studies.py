@@ -47,7 +47,13 @@ class Study:
         return Grid.of(module.SUBJECT, module.EXPERIMENTS, options, Machine.alone(options))
 
 
-AXES = {"seeds": "seed", "rules": "rule", "data_limits": "data_limit", "learning_rates": "learning_rate", "widths": "width"}
+AXES = {
+    "seeds": "seed",
+    "rules": "rule",
+    "data_limits": "data_limit",
+    "learning_rates": "learning_rate",
+    "widths": "width",
+}
 
 
 def commands(study: Study, runs: Collection[Run]) -> list[str]:
@@ -69,7 +75,7 @@ def commands(study: Study, runs: Collection[Run]) -> list[str]:
 
 
 def blocks(runs: Collection[Run]) -> set[tuple[frozenset, ...]]:
-    """The runs as few whole grids: tuples of values of AXES, every combination of which is a run, each in one of them."""
+    """The runs as few whole grids: values of AXES, every combination of which is a run; each is in one grid."""
     found = {tuple(frozenset([getattr(run, field)]) for field in AXES.values()) for run in runs}
     for k in range(len(AXES)):
         merged: dict[tuple, frozenset] = {}
@@ -120,7 +126,8 @@ STUDIES = (
         f"{MLP} --centred --rules {ALL} --widths 64 256 --learning-rates 5 2 1 10 --seeds 99 {FIFTY}",
     ),
     *by_rate(
-        "mlp_centred", "fully connected, centred outputs: accuracy against width, 50 epochs", CENTRED_RATES,
+        "mlp_centred", "fully connected, centred outputs: accuracy against width, 50 epochs",
+        {rule: CENTRED_RATES[rule] for rule in SEVEN.split()},
         f"--centred --widths {WIDTHS} --seeds {THREE_SEEDS} {FIFTY}",
     ),
     *(
@@ -139,7 +146,8 @@ STUDIES = (
     ),
     Study(
         "mlp_outputs", "fully connected: distance of outputs from those of backprop's network against width",
-        f"train_kmnist.py 4 --network mlp --widths {WIDTHS} 4096 --seeds {THREE_SEEDS} --evaluate-every 1000{FP32}{DATA}",
+        f"train_kmnist.py 4 --network mlp --widths {WIDTHS} 4096 --seeds {THREE_SEEDS} "
+        f"--evaluate-every 1000{FP32}{DATA}",
     ),
     Study(
         "kmnist_seeds", "convolutional: accuracy against width, 100 epochs, learning rate 5",
