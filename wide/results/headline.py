@@ -117,10 +117,12 @@ def findings(setting: Setting, kept: list[Kept]) -> str:
         f"{RULES[rule].title} " + " and ".join(_behind(list(row[width].values())) for width in ends)
         for rule, row in found.items()
     ]
+    backprop = by_rule({None: setting}, kept)["backprop"]
+    levels = " and ".join(f"{statistics.fmean(backprop[width].values()):.1f} %" for width in ends)
     seeds = sorted({len(row[width]) for row in found.values() for width in ends})
     return (
-        f"**{setting.title}, width {ends[0]} and width {ends[1]}: {', '.join(parts[:-1])}, {parts[-1]}** "
-        f"(points of test accuracy beside backprop, mean [95% interval] of {' to '.join(map(str, seeds))} seeds)."
+        f"**{setting.title}, width {ends[0]} and width {ends[1]}: backprop {levels}; {', '.join(parts)}** "
+        f"(points of test accuracy, mean [95% interval] of {' to '.join(map(str, seeds))} seeds)."
     )
 
 
@@ -136,26 +138,24 @@ def section(kept: list[Kept], baselines: Mapping[str, float]) -> str:
     """For the README: findings, figure, tables."""
     sentences = [text for setting in (PLAIN, CENTRED) if (text := findings(setting, kept))]
     figure = "![Test accuracy and gap to backprop against width](docs/accuracy.png)"
-    tables = [text for setting in (PLAIN, CENTRED) if (text := table(setting, kept))]
-    below = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
-    return "\n\n".join([*sentences, figure, *tables, f"On the same images: {below}."])
+    return "\n\n".join([*sentences, figure, table(kept, baselines)])
 
 
-def table(setting: Setting, kept: list[Kept]) -> str:
-    """Mean ± standard deviation, and how many seeds."""
-    values = against_width(setting, kept)
+def table(kept: list[Kept], baselines: Mapping[str, float]) -> str:
+    """Mean ± standard deviation, and how many seeds; of the networks as the paper has them."""
+    values = against_width(PLAIN, kept)
     widths = sorted({width for row in values.values() for width in row})
-    if not widths:
-        return ""
     lines = [
-        f"{setting.title}, {setting.epochs} epochs: test accuracy in %, mean ± standard deviation (seeds)",
+        f"{PLAIN.title}, {PLAIN.epochs} epochs: test accuracy in %, mean ± standard deviation (seeds)",
         "",
         "| | " + " | ".join(f"width {width}" for width in widths) + " |",
         "|---" * (1 + len(widths)) + "|",
     ]
     for name, row in values.items():
         lines.append(f"| {name} | " + " | ".join(_cell(row.get(width, {})) for width in widths) + " |")
-    return "\n".join(lines)
+    below = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
+    centred = "[centred outputs](results/reports/mlp_centred.md), [little data](docs/little_data.png)"
+    return "\n".join([*lines, "", f"On the same images: {below}. Also: {centred}."])
 
 
 def _cell(seeds: Mapping[int, float]) -> str:
