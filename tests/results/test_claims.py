@@ -12,13 +12,18 @@ import pytest
 from running import ROOT, script
 
 from wide import UserError
-from wide.results import claims, claims_page, headline, judging, keeping, rates, studies
+from wide.results import claims, claims_page, headline, judging, keeping, rates, results_page, settings, studies
 from wide.results.collecting import texts
 from wide.results.judging import DOES_NOT, HOLDS, UNTOLD
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run
 
 KMNIST = {"dataset": "kmnist", "network": "cnn", "learning_rate": 5.0, "batch_size": 100}
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return keeping.read(ROOT / "results")
 
 
 def finish(folder, run, accuracies, data="some"):
@@ -56,8 +61,7 @@ def verdicts(folder, figures):
     ]
 
 
-def test_the_pages_are_what_the_command_makes():
-    kept = keeping.read(ROOT / "results")
+def test_the_pages_are_what_the_command_makes(kept):
     assert len(kept) > 100
     for path, text in texts(ROOT, kept).items():
         assert path.read_text(encoding="utf-8") == text, path
@@ -154,8 +158,8 @@ def test_diverged_runs_are_guessing_and_their_widths_are_in_no_slope(tmp_path):
     for path in tmp_path.glob("kmnist/*align_ada-width8-*seed1*/metrics.csv"):
         path.write_text(re.sub(r"^(\d+),[\d.]+,", r"\1,nan,", path.read_text(), flags=re.MULTILINE))
     kept = keeping.read(tmp_path)
-    (value,) = [value for place, value in claims.KMNIST.values(kept).items() if place == ("align_ada", 8, 1)]
-    assert value == claims.KMNIST.chance == 10
+    (value,) = [value for place, value in settings.KMNIST.values(kept).items() if place == ("align_ada", 8, 1)]
+    assert value == settings.KMNIST.chance == 10
     ((_, slope),) = verdicts(tmp_path, claims.approach)
     assert "(16 to 32)" in slope.what
     (failed,) = [part for _, part in verdicts(tmp_path, claims.robust) if "share of runs that failed" in part.what]
@@ -166,7 +170,7 @@ def test_diverged_runs_are_guessing_and_their_widths_are_in_no_slope(tmp_path):
 def test_two_runs_of_one_rule_width_and_seed_are_refused(tmp_path):
     grid(tmp_path, approaching)
     setting = dataclasses.replace(
-        claims.KMNIST, fields={k: v for k, v in claims.KMNIST.fields.items() if k != "precision"}
+        settings.KMNIST, fields={k: v for k, v in settings.KMNIST.fields.items() if k != "precision"}
     )
     finish(tmp_path, Run(rule="backprop", width=8, seed=1, precision="bf16", **KMNIST), [0.5])
     with pytest.raises(UserError, match="keep one of each"):
@@ -220,7 +224,8 @@ def test_collecting_keeps_what_is_finished(tmp_path):
 
 
 def test_a_finished_study_prints_its_table_and_trains_nothing(tmp_path):
-    shutil.copytree(ROOT / "results" / "kmnist", tmp_path / "kmnist")
+    for path in (ROOT / "results" / "kmnist").glob("cnn-backprop-width8-lr5-seed*-batch100"):
+        shutil.copytree(path, tmp_path / "kmnist" / path.name)
     before = {path for path in tmp_path.rglob("*") if path.is_dir()}
     line = ["--rules", "backprop", "--widths", 8, "--learning-rates", 5, "--device", "cpu", "--data-dir", "/nowhere"]
     done = script("train_kmnist.py", 1, *line, "--outputs", tmp_path)
@@ -244,7 +249,7 @@ def test_a_slope_that_the_narrowest_width_decides_cannot_be_told():
 
 
 def test_losses_are_compared_as_ratios(tmp_path):
-    setting = dataclasses.replace(claims.ADDS[0], epochs=2)
+    setting = dataclasses.replace(settings.ADDS[0], epochs=2)
     for rule, factor in (("backprop", 1.0), ("align_ada", 1.5)):
         for seed in (1, 2, 3):
             run = Run("add", "rnn", rule, 128, 0.001, seed, 50, variant="published")
@@ -316,9 +321,9 @@ def test_no_rate_is_chosen_before_all_are_tried(tmp_path):
     assert rates.chosen(rates.tried(RATE_STUDY, keeping.read(tmp_path))["fa"], (8, 32)) is None
 
 
-def test_the_rates_in_use_are_those_that_the_rule_chooses():
+def test_the_rates_in_use_are_those_that_the_rule_chooses(kept):
     """As far as results/ has what is needed to choose."""
-    kept, named = keeping.read(ROOT / "results"), {study.name: study for study in studies.STUDIES}
+    named = {study.name: study for study in studies.STUDIES}
     for name, used in (("mlp_rates", studies.RATES), ("mlp_centred_rates", studies.CENTRED_RATES)):
         widths = named[name].grid.experiment.widths
         for rule, row in rates.tried(named[name], kept).items():
@@ -326,17 +331,12 @@ def test_the_rates_in_use_are_those_that_the_rule_chooses():
                 assert rates.chosen(row, widths) in (used[rule], None), rule
 
 
-@pytest.fixture(scope="module")
-def kept():
-    return keeping.read(ROOT / "results")
-
-
 def test_the_script_of_studies_trains_what_is_here_and_nothing_else(kept):
     """Its commands, read as the scripts themselves do."""
-    commands = [line for line in keeping.script(kept).splitlines() if line.startswith("python3 ")]
-    trained = {keeping._anywhere(run) for line in commands for run in grid_of(line).runs}
-    planned = {keeping._anywhere(run) for study in studies.STUDIES for run in study.grid.runs}
-    assert trained == {keeping._anywhere(one.run) for one in kept}
+    commands = [line for line in results_page.script(kept).splitlines() if line.startswith("python3 ")]
+    trained = {keeping.anywhere(run) for line in commands for run in grid_of(line).runs}
+    planned = {keeping.anywhere(run) for study in studies.STUDIES for run in study.grid.runs}
+    assert trained == {keeping.anywhere(one.run) for one in kept}
     assert trained < planned
 
 
@@ -360,7 +360,7 @@ def test_few_whole_grids():
 
 
 def test_the_page_names_every_study(kept):
-    page = keeping.page(ROOT / "results", kept)
+    page = results_page.page(ROOT / "results", kept)
     for study in studies.STUDIES:
         assert (f"### {study.name}\n" in page) == bool(keeping.done(study, kept))
     assert "| cifar_images_16 | 45 |" in page

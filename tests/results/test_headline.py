@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from wide.data.datasets import Split
-from wide.results import baselines, claims, headline, intervals
+from wide.results import baselines, headline, intervals, studies
+from wide.results.settings import PLAIN
 from wide.runs.run import Run
 
 
@@ -61,10 +62,10 @@ def runs(accuracy):
     ]
     return [
         SimpleNamespace(
-            run=(run := Run(rule=rule, width=width, seed=seed, learning_rate=claims.RATES[rule], **settings)),
-            is_of=lambda fields, epochs, run=run: claims.PLAIN.fields == fields,
+            run=(run := Run(rule=rule, width=width, seed=seed, learning_rate=studies.RATES[rule], **settings)),
+            is_of=lambda fields, epochs, run=run: PLAIN.fields == fields,
             diverged=lambda epochs: False,
-            rows=[{"test_accuracy": accuracy(rule, width, seed) / 100}] * claims.PLAIN.epochs,
+            rows=[{"test_accuracy": accuracy(rule, width, seed) / 100}] * PLAIN.epochs,
             data="some",
         )
         for rule, width, seed in places
@@ -77,7 +78,7 @@ def made_up(rule, width, seed):
 
 
 def test_findings_say_which_side_of_backprop_a_rule_is_on():
-    text = headline.findings(claims.PLAIN, runs(made_up))
+    text = headline.findings(PLAIN, runs(made_up))
     assert text.startswith("**Fully connected, width 16 and width 64: backprop 62.0 % and 62.0 %; Align-ada 10.2 [")
     _, low, high = intervals.of_mean([10.1, 10.2, 10.3])
     assert f"Align-ada 10.2 [{low:.1f}, {high:.1f}] behind and 2.7 [" in text

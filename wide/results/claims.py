@@ -26,70 +26,24 @@ from wide.results.judging import (
     unit,
 )
 from wide.results.keeping import Kept
-from wide.results.studies import CENTRED_RATES, LITTLE, RATES
-
-PRECISION_RULES = ("backprop", "align_ada", "align_zero", "fa", "dfa", "last_layer")
-TRAINED = {"parameterisation": "ntk", "optimizer": "sgd", "timed_on": None, "precision": "fp32"}
-FULL = TRAINED | {"batch_size": 100, "data_limit": None}
-CNN = FULL | {"network": "cnn", "learning_rate": 5.0}
-MLP = FULL | {"dataset": "kmnist", "network": "mlp"}
-PLAIN = Setting("Fully connected", MLP | {"learning_rate": RATES}, 50)
-# Align-zero's rate suits narrow networks; wide ones take the others' too.
-AT_5 = Setting("Rate 5 for all, fully connected", MLP | {"learning_rate": 5.0}, 50)
-CENTRED = Setting("Fully connected, centred", MLP | {"learning_rate": CENTRED_RATES, "centred": True}, 50)
-KMNIST = Setting("KMNIST, convolutional", CNN | {"dataset": "kmnist"}, 100)
-CIFAR = Setting("CIFAR-10, convolutional", CNN | {"dataset": "cifar"}, 5)
-# Added when the curves of KMNIST at widths 8 to 32 had been seen, before width 64 and these of CIFAR-10 were trained.
-EARLY = dataclasses.replace(KMNIST, title=f"{KMNIST.title}: first 20 epochs", epochs=20)
-EARLY_CIFAR = Setting(
-    f"{CIFAR.title}: 600 updates", CNN | {"dataset": "cifar", "data_limit": 3000, "batch_size": 50}, 10
+from wide.results.settings import (
+    ACCURACIES,
+    ADDS,
+    AT_5,
+    CENTRED,
+    EARLY,
+    FEW,
+    IMAGES,
+    KMNIST,
+    LAST_ADDS,
+    OUTPUTS,
+    PAIRS,
+    PLAIN,
+    PRECISION_PAIRS,
+    PRECISIONS,
+    THEORIES,
 )
-ADDS = tuple(
-    Setting(
-        f"Add, {variant}", {"dataset": "add", "learning_rate": 0.001, "batch_size": 50, "variant": variant}, 200,
-        loss=True,
-    )
-    for variant in ("published", "corrected")
-)  # fmt: skip
-LAST_ADDS = tuple(dataclasses.replace(one, title=f"{one.title}, last epoch", last=True) for one in ADDS)
-IMAGES = (PLAIN, CENTRED, KMNIST, CIFAR)
-ACCURACIES = (PLAIN, CENTRED, KMNIST, EARLY, CIFAR, EARLY_CIFAR)
-PAIR = {"rule": "pair", "data_limit": None, "precision": "fp32"}
-PAIRS = (
-    Setting(KMNIST.title, PAIR | {"dataset": "kmnist"}, 20),
-    Setting(CIFAR.title, PAIR | {"dataset": "cifar"}, 5),
-    Setting("Add, published", {"dataset": "add", "rule": "pair", "variant": "published"}, 40),
-)
-CIFAR_LITTLE = dict.fromkeys((45, 150, 450, 1500), 150)
-FEW: Mapping[str, Mapping[int, Setting]] = {
-    setting.title: {
-        images: Setting(f"{setting.title}: {images} images", fields | {"data_limit": images} | batch(images), epochs)
-        for images, epochs in epochs_of.items()
-    }
-    for setting, epochs_of, fields, batch in (
-        *(
-            (one, LITTLE, one.fields | {"width": 1024, "learning_rate": 5.0}, lambda n: {"batch_size": min(n, 100)})
-            for one in (PLAIN, CENTRED)
-        ),
-        (CIFAR, CIFAR_LITTLE, {k: v for k, v in CIFAR.fields.items() if k != "batch_size"}, lambda n: {}),
-    )
-}
-PRECISIONS = {name: Setting(KMNIST.title, KMNIST.fields | {"precision": name}, 10) for name in ("fp32", "bf16")}
-PRECISION_PAIRS = {
-    name: Setting(KMNIST.title, PAIR | {"dataset": "kmnist", "precision": name}, 10) for name in ("fp32", "bf16")
-}
-THEORIES = tuple(
-    Setting(
-        f"{title}: after 9 updates",
-        TRAINED | {"dataset": "kmnist", "network": network, "batch_size": 50, "data_limit": 500, "learning_rate": 5.0},
-        1,
-    )
-    for title, network in ((PLAIN.title, "mlp"), (KMNIST.title, "cnn"))
-)
-OUTPUTS = Setting(f"{PLAIN.title}: 100 images", MLP | {"learning_rate": 5.0, "data_limit": 100}, 1000)
-
-
-# ------------------------------------------------------------------------------------------------ figures of each claim
+from wide.results.studies import SIX
 
 
 def align_with_width(kept: list[Kept]) -> list[Figure]:
@@ -284,7 +238,7 @@ def exponent(setting: Setting, table: dict[int, dict[int, float]], what: str, **
 def in_bf16(kept: list[Kept]) -> list[Figure]:
     """What bf16 changes, seed by seed, at every width that was trained in both."""
     found = []
-    for rule in PRECISION_RULES:
+    for rule in SIX.split():
         accuracies = {name: _of_rule(setting.values(kept), rule) for name, setting in PRECISIONS.items()}
         found += less_fp32(accuracies, f"{KMNIST.title}: {RULES[rule].title}, 10 epochs, test accuracy, points", MARGIN)
     for rule in ("align_ada", "align_zero", "fa", "dfa"):

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from wide.results.claims import CLAIMS
 from wide.results.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure, verdict
-from wide.results.keeping import DATASETS, Kept, done
+from wide.results.keeping import Kept, done
 from wide.results.rates import table as rates_table
+from wide.results.results_page import DATASETS
 from wide.results.studies import CENTRED_RATES, RATES, STUDIES
 
 SHOWN = 5  # figures in a row of the first page; of more, how many, and from where to where

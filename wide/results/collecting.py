@@ -6,16 +6,8 @@ from pathlib import Path
 from wide import UserError
 from wide.command_line import Parser, carry_out
 from wide.results import baselines, claims_page, headline
-from wide.results.keeping import (
-    Kept,
-    copy_finished,
-    page,
-    read,
-    require_small,
-    script,
-    write_page,
-    write_reports,
-)
+from wide.results.keeping import Kept, copy_finished, read, require_small, write_page, write_reports
+from wide.results.results_page import page, script
 from wide.results.studies import ROOT
 from wide.runs.files import replace, writing
 

@@ -8,9 +8,9 @@ from typing import BinaryIO
 from wide.models.rules import RULES
 from wide.reports.report import figures
 from wide.results import intervals, judging
-from wide.results.claims import AT_5, CENTRED, FEW, PLAIN
 from wide.results.judging import Setting
 from wide.results.keeping import Kept
+from wide.results.settings import AT_5, CENTRED, FEW, PLAIN
 from wide.results.studies import SEVEN
 
 # Lines and rows: what they are called, the rule, and where its rate is not the chosen one, that and how it is drawn.

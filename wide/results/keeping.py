@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from wide.grids.study import Study as Grid
 from wide.models.rules import RULES
 from wide.reports.report import TableReport
 from wide.results import baselines
-from wide.results.studies import STUDIES, Study, commands
+from wide.results.studies import STUDIES, Study
 from wide.runs.files import replace_text, writing
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.run import Run
@@ -38,14 +37,6 @@ def matches(run: Run, fields: Mapping[str, object]) -> bool:
             return False
     return True
 
-
-DATASETS = {
-    "kmnist": "KMNIST: the 10,000 official test images alone, split into 5,334 training, 2,666 validation and 2,000 "
-    "test images that do not overlap (`python3 setup_kmnist.py --split-test-images DATA`)",
-    "cifar": "CIFAR-10: a copy whose images were re-encoded as JPEG, in another order than the official files; "
-    "accuracies are close to those of the official images, not equal to them",
-    "add": "the Add task: made from its seed, the same everywhere; seeds vary the network alone",
-}
 
 # Runs whose checkpoints are kept, so that --evaluate can measure them anew.
 HEADLINE = (
@@ -124,11 +115,12 @@ def _read(results: Path, path: Path) -> Kept | None:
 
 def done(study: Study, kept: list[Kept]) -> list[Kept]:
     """A study's runs that are here, whatever machine a time was taken on."""
-    planned = {_anywhere(run) for run in study.grid.runs}
-    return [one for one in kept if _anywhere(one.run) in planned and one.went_on(study.grid.epochs)]
+    planned = {anywhere(run) for run in study.grid.runs}
+    return [one for one in kept if anywhere(one.run) in planned and one.went_on(study.grid.epochs)]
 
 
-def _anywhere(run: Run) -> Run:
+def anywhere(run: Run) -> Run:
+    """The run, whatever machine a time of it was taken on."""
     return dataclasses.replace(run, timed_on=None)
 
 
@@ -200,85 +192,6 @@ def makes_lines(grid: Grid, found: list[Kept]) -> bool:
     in_lines = isinstance(grid.experiment.report, TableReport) and view.figure in ("lines", "gap", "timing")
     return not in_lines or (
         len({getattr(r, view.against) for r in through}) >= 3 and len({r.rule for r in through}) > 1
-    )
-
-
-def script(kept: list[Kept]) -> str:
-    """A shell script that trains, resumably, the runs that are here and no others."""
-    lines = [
-        "#!/bin/sh",
-        "# Trains the runs that results/ has; what OUTPUTS has is not trained again. Made by collect_results.py.",
-        "# usage: sh results/studies.sh DATA [OUTPUTS]    (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
-        "DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}",
-    ]
-    trained = [command for study in STUDIES for command in commands_of(study, done(study, kept))]
-    lines += ["python3 " + one.replace(" DATA", ' "$DATA"') + ' --outputs "$OUTPUTS"' for one in trained]
-    return "\n".join([*lines, ""])
-
-
-def commands_of(study: Study, found: list[Kept]) -> list[str]:
-    """What trains these runs, wherever times of them were taken."""
-    return commands(study, {_anywhere(one.run) for one in found})
-
-
-def page(results: Path, kept: list[Kept]) -> str:
-    """results/README.md: of every study its runs, commands, data, machines, seeds and hours."""
-    lines = [PAGE, *(f"- {text}." for text in DATASETS.values()), "", STUDIES_NOTE]
-    sections = []
-    for study in STUDIES:
-        if not (found := done(study, kept)):
-            continue
-        epochs, name = study.grid.epochs, study.name
-        seeds = ", ".join(map(str, sorted({one.run.seed for one in found})))
-        hours = sum(sum(row["seconds"] for row in one.rows[:epochs]) for one in found) / 3600
-        diverged = sum(one.diverged() for one in found)
-        count = f"{len(found)}" + (f" ({diverged} diverged)" if diverged else "")
-        data = "; ".join(sorted({one.data for one in found}))
-        lines.append(f"| {name} | {count} | {seeds} | {epochs} | {hours:.2f} | {data} | {machines(found)} |")
-        sections += ["", f"### {name}", "", f"{study.title[0].upper()}{study.title[1:]}."]
-        if (results / "reports" / f"{name}.png").exists():
-            sections += ["", f"![{study.title}](reports/{name}.png)"]
-        sections += ["", f"[table](reports/{name}.md), [rows](reports/{name}.csv)", "", "```sh"]
-        sections += [f"python3 {command}" for command in commands_of(study, found)] + ["```"]
-    total = defaultdict(float)
-    for one in kept:
-        total[one.device] += one.seconds / 3600
-    lines += ["", "All runs, each once: " + "; ".join(f"{h:.2f} hours on {d}" for d, h in sorted(total.items())) + "."]
-    return "\n".join([*lines, "", "## Tables, figures and commands", *sections, ""])
-
-
-PAGE = """\
-# Results
-
-Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).
-Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of
-headline runs, and so cannot be trained further. `python3 <script> <number> <options> --outputs results
---report` prints a study's table of what is here and trains nothing; `--evaluate` measures what has a
-checkpoint anew. `sh results/studies.sh DATA` trains again, resumably, the runs that are here and no others.
-
-## Data
-"""
-STUDIES_NOTE = """\
-## Studies
-
-Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), beside other work (on
-the GPU, beside eight other runs): they say what the studies cost here, not how fast a step is. A processor's are on
-one thread unless it says otherwise. Runs of two studies count in both. Where several machines took part, the widths
-say which trained what.
-
-| study | runs | seeds | epochs | hours | data | machine |
-|---|---|---|---|---|---|---|"""
-
-
-def machines(found: list[Kept]) -> str:
-    """On which they were trained; the widths, where not all have all of them."""
-    widths: dict[str, set[int]] = defaultdict(set)
-    for one in found:
-        widths[one.device].add(one.run.width)
-    alike = len(set(map(frozenset, widths.values()))) == 1
-    return "; ".join(
-        device + ("" if alike else f" (width {', '.join(map(str, sorted(widths[device])))})")
-        for device in sorted(widths)
     )
 
 
