@@ -134,7 +134,7 @@ def test_other_numbers_give_other_verdicts(tmp_path):
     ((verdict, _),) = verdicts(tmp_path, claims.approach)
     assert verdict == DOES_NOT
     _, details = claims_page.pages(keeping.read(tmp_path))
-    assert DOES_NOT in details
+    assert f"| {DOES_NOT} |" in details
 
 
 def test_a_noisy_figure_cannot_be_told(tmp_path):

@@ -70,14 +70,7 @@ def details(found: Found, kept: list[Kept]) -> str:
         "Data:",
         "",
         *(f"- {text}." for text in DATASETS.values()),
-        "",
-        "| claim | figures that hold here | do not | cannot be told |",
-        "|---|---|---|---|",
     ]
-    for claim, figures in found.items():
-        told = [one.verdict for one in figures if one.values]
-        counts = [told.count(word) for word in (HOLDS, DOES_NOT, UNTOLD)]
-        lines.append(f"| {claim.title} | {' | '.join(map(str, counts))} |")
     for claim, figures in found.items():
         lines += [
             "",
