@@ -115,11 +115,11 @@ STUDIES = (
     ),
     *by_rate(
         "mlp_width", "fully connected: accuracy against width, 50 epochs", RATES,
-        f"--widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
+        f"--widths {WIDTHS} 4096 --seeds {SEEDS} {FIFTY}",
     ),
     Study(
         "mlp_width_align_zero", "fully connected: Align-zero at the rate of the others, 50 epochs",
-        f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
+        f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} 4096 --seeds {SEEDS} {FIFTY}",
     ),
     Study(
         "mlp_centred_rates", "fully connected, centred outputs: learning rates, 50 epochs",
@@ -154,8 +154,9 @@ STUDIES = (
         f"train_kmnist.py 1 --rules {SEVEN} --widths 8 16 32 --learning-rates 5 --seeds {THREE_SEEDS}{DATA}",
     ),
     Study(
-        "kmnist_wider", "convolutional: two rules at width 64, 100 epochs, learning rate 5",
-        f"train_kmnist.py 1 --rules backprop align_ada --widths 64 --learning-rates 5{DATA}",
+        "kmnist_wider", "convolutional: wider networks, 100 epochs, learning rate 5",
+        "train_kmnist.py 1 --rules backprop align_ada align_zero fa --widths 64 128 --learning-rates 5 "
+        f"--seeds {THREE_SEEDS}{FP32}{DATA}",
     ),
     Study(
         "kmnist_early", "convolutional: accuracy against width after 20 epochs, learning rate 5",
@@ -247,7 +248,7 @@ STUDIES = (
     *(
         Study(
             f"add_{variant}", f"Add task, {variant} variant: loss against width",
-            f"train_add.py 1 --variant {variant} --rules {ADD_RULES} --widths 8 16 32 64 128 256 1024 "
+            f"train_add.py 1 --variant {variant} --rules {ADD_RULES} --widths 8 16 32 64 128 256 512 1024 "
             f"--seeds {SEEDS}{FP32}",
         )
         for variant in ("published", "corrected")
