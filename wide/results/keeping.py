@@ -168,14 +168,14 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         if path.stem not in {study.name for study in STUDIES} | {baselines.PATH.stem}:
             path.unlink()
     for study in STUDIES:
-        # Of times those of this machine.
-        found = [one for one in done(study, kept) if one.run in set(study.grid.runs)]
+        found = done(study, kept)
         if not found:
             continue
+        newest = max(found, key=lambda one: one.finished).run.timed_on  # of times those of one machine
+        there = {anywhere(one.run): one.folder for one in found if one.run.timed_on == newest}
         grid = dataclasses.replace(study.grid, options=dataclasses.replace(study.grid.options, outputs=results))
-        there = {one.run for one in found}
-        shown = dataclasses.replace(grid.shown, folders=[folder for folder in grid.folders if folder.run in there])
-        grid.experiment.report.write(shown)
+        folders = [there[run] for run in map(anywhere, grid.runs) if run in there]
+        grid.experiment.report.write(shown := dataclasses.replace(grid.shown, folders=folders))
         for suffix in (".csv", ".md", ".png"):
             target = results / "reports" / (study.name + suffix)
             with writing(target.parent):
