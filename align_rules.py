@@ -592,7 +592,7 @@ class WeightMirror(FeedbackAlignment):
         try:
             with torch.enable_grad(), _undisturbed(self.network, (inputs, keywords)):
                 _called(self, inputs, keywords)
-            sums = [_gradients(sum(totals), self.ones, retain_graph=True) for totals in zip(*self.met[1:], strict=True)]
+            sums = [_gradients(sum(totals), self.ones) for totals in zip(*self.met[1:], strict=True)]
         finally:
             self.mirroring, self.met, self.ones = False, [], []
         self.mirrored += 1
@@ -1051,12 +1051,13 @@ def _compared(calls: list[Callable], loss_function: Callable, watched: list[Tens
     return watched, *found
 
 
-def _gradients(loss: Tensor, of: list[Tensor], **options) -> list[Tensor | None]:
+def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
     if not of or not isinstance(loss, Tensor) or not loss.requires_grad:
         return [None] * len(of)
     with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
         try:
-            return list(torch.autograd.grad(loss, of, allow_unused=True, **options))
+            # What the inputs come from stays the caller's.
+            return list(torch.autograd.grad(loss, of, allow_unused=True, retain_graph=True))
         except RuntimeError as error:
             raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
 
@@ -1080,6 +1081,7 @@ def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
 
 def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[float]:
     """The largest differences, relative to the largest entries expected; a missing gradient is one of zeros."""
+    found, expected = ([t.to_dense() if t is not None and t.is_sparse else t for t in ts] for ts in (found, expected))
     sizes = [0.0 if t is None or not t.numel() else t.detach().abs().nan_to_num(0, 0).max().item() for t in expected]
     # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
     floor = max(1e-4 * max(sizes, default=0.0), 1e-30)
@@ -1132,6 +1134,7 @@ MEETING = REARRANGING | _named_operators(
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
     "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex copied"
 )
+REPARAMETERISED = ("_standard_gamma", "_sample_dirichlet")  # draws that have a derivative
 # What is made of the shape of its argument alone.
 SHAPED = _named_operators("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
 # Buffers of which the initial network has its own, beside the vectors of spectral norm.
@@ -1273,7 +1276,7 @@ def _flows(node: fx.Node) -> bool:
 
 def _may_draw_inside(node: fx.Node) -> bool:
     """Whether it is a function of activities that can draw random numbers itself."""
-    return _operator(node).startswith(("_scaled_dot_product", "rrelu"))
+    return _operator(node).startswith(("_scaled_dot_product", "rrelu", *REPARAMETERISED))
 
 
 def _draws(node: fx.Node) -> bool:
@@ -1386,14 +1389,16 @@ def _require_repeatable(node: fx.Node) -> None:
     """Raise TypeError for an activity of which an initial network would compute another kind of thing."""
     names = [argument.name for argument in getattr(node.target, "_schema", aten.relu.default._schema).arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if _may_draw_inside(node) and (given.get("dropout_p") or given.get("training")):
+    draws = given.get("dropout_p") or given.get("training") or _operator(node) in REPARAMETERISED
+    if _may_draw_inside(node) and draws:
         raise TypeError(
             f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; set "
             "its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
-    chosen = [part for part in given.get("indices") or () if part is not None and part.meta["val"].dtype == torch.bool]
     by_value = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-    if chosen or (by_value and node.target is not aten.index.Tensor):
+    if node.target is aten.index.Tensor:  # by places, but for masks
+        by_value = any(part is not None and part.meta["val"].dtype == torch.bool for part in node.args[1])
+    if by_value:
         raise TypeError(
             f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial network "
             "others; use torch.where, or a mask that multiplies"
@@ -1455,7 +1460,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
                     _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
                     capture.proved.add(hooks)
                     return _called(rule, inputs, keywords)
-                except TypeError as error:
+                except (TypeError, _Refused) as error:
                     reason = error
             except _Refused as refused:
                 random.setstate(drawn)
@@ -1487,6 +1492,8 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
         if _now.read:
             raise
         raise _Refused(_reason(error)) from error
+    finally:
+        _now.rule = None
     if not _now.read:
         raise _Refused("torch.compile is switched off here, or another mode watches what torch is called for")
     return result
@@ -1543,8 +1550,10 @@ class _Capture:
 
 
 def _settings(rule: Rule) -> tuple:
-    """What `derive` may depend on beside the network: what the rule holds but tensors and modules."""
-    return tuple(value for value in vars(rule).values() if isinstance(value, str | int | float | tuple | None))
+    """What `derive` may depend on beside the network: what the rule holds but tensors and modules. A rule of another's
+    may hold more, and shares no code."""
+    number = rule.known.number if type(rule).__module__ != __name__ else None
+    return number, *(value for value in vars(rule).values() if isinstance(value, str | int | float | tuple | None))
 
 
 def _read(rule: Rule, graph: fx.Graph, arguments: Iterable) -> Graph:
@@ -1704,7 +1713,7 @@ SPELLED = {
         (torch.linalg.inv, torch.linalg.inv_ex), (torch.inverse, torch.linalg.inv_ex),
         (torch.linalg.solve, torch.linalg.solve_ex), (torch.linalg.cholesky, torch.linalg.cholesky_ex),
     )},
-    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, Tensor.data.__get__: _cut,
+    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, torch._C._autograd._get_data_attr: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
 
@@ -1764,11 +1773,20 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
 
     given = (*network.parameters(), *_tensors((inputs, keywords, arguments)))
     watched = list({id(t): t for t in given if t.requires_grad}.values())
-    calls = [lambda: network(*inputs, **keywords), lambda: enter(Backprop(network), inputs, keywords)]
-    watched, (outputs, gradients), own = _compared(calls, loss, watched, network, (inputs, keywords))
     name = type(network).__name__
-    if len(own[0]) != len(outputs):
-        raise TypeError(f"{name} returns something in which tensors cannot be found; let it return a tuple or dict")
+
+    def written_down() -> Any:
+        try:
+            return enter(Backprop(network), inputs, keywords)
+        except (RuntimeError, AssertionError) as error:
+            raise TypeError(f"torch cannot write {name} down: {_reason(error)}. {REMEDY}") from error
+
+    calls = [functools.partial(network, *inputs, **keywords), written_down]
+    watched, (outputs, gradients), own = _compared(calls, loss, watched, network, (inputs, keywords))
+    if not outputs or len(own[0]) != len(outputs):
+        raise TypeError(
+            f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
+        )
     names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
     told = [f"output {k}" for k in range(len(outputs))]
     told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
@@ -2040,7 +2058,7 @@ class _Anatomy:
         self.parameters, self.buffers = dict(network.named_parameters()), dict(network.named_buffers())
         self.names = {id(t): name for name, t in (*self.buffers.items(), *self.parameters.items())}
         self.statistics = {name: t for name, t in self.buffers.items() if self.of_normalisation(*name.rpartition("."))}
-        self.parts = self.found()
+        self.parts, self.number = self.found(), next(_COUNT)
 
     def of_normalisation(self, path: str, _, name: str) -> bool:
         owner, weight = self.modules[path], name.removesuffix("_u").removesuffix("_v")
