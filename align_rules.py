@@ -1441,7 +1441,7 @@ class _Unproved(Exception):
     """A graph that has not been checked; with the tensors that it was called with."""
 
 
-def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
+def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> Any:
     """A call of a rule: written down once for its kind, or recorded as it runs; checked where it is new."""
     network = rule.network
     with _LOCK:
@@ -1457,9 +1457,11 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
                 random.setstate(drawn)
                 capture, arguments = unproved.args
                 try:
+                    if proved:
+                        raise _Refused("every call changes something that it depends on")
                     _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
                     capture.proved.add(hooks)
-                    return _called(rule, inputs, keywords)
+                    return _called(rule, inputs, keywords, True)
                 except (TypeError, _Refused) as error:
                     reason = error
             except _Refused as refused:
