@@ -2026,7 +2026,8 @@ def _undisturbed(network: nn.Module, values: Any = ()):
             place.clear()
             (place.extend if isinstance(place, list | collections.deque) else place.update)(kept)
         for tensor, content in contents:
-            tensor.data.copy_(content)
+            with contextlib.suppress(RuntimeError):  # where entries share memory, which nothing can write to
+                tensor.data.copy_(content)
         for parameter, kept in data:
             parameter.data = kept
         for write, state in states:
