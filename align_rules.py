@@ -297,6 +297,7 @@ class Rule(nn.Module):
         ValueError: an unknown name.
     """
 
+    compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
     back = "W"  # what carries errors back through a layer, in words
 
@@ -365,7 +366,7 @@ class Backprop(Rule):
     layerwise = False
 
     def forward(self, *inputs, **keywords) -> Any:
-        return self.network(*inputs, **keywords)
+        return super().forward(*inputs, **keywords) if self.compiler else self.network(*inputs, **keywords)
 
     def derive(self, draft: "Draft") -> list:
         return draft.outputs(draft.follow(draft.inputs()))
@@ -676,6 +677,8 @@ class WeightMirror(FeedbackAlignment):
 class _Meeting(Rule):
     """What a mirror step computes, as two numbers whose gradients for ones in a weight's place are the sums, over its
     layers, of y x^T and of what its mean is the weight's multiple of."""
+
+    compiler = None
 
     def __init__(self, rule: WeightMirror, tensors: Mapping[str, Any]):
         super().__init__(rule.network, rule.activities)
@@ -993,7 +996,7 @@ class AlignAda(_FromInitial):
         def cut(layer: Layer, now: dict) -> Any:
             """y = sg(a) W."""
             if layer.recurrent:
-                return draft.again(layer.node, now, feedback=draft.call(torch.empty, 0))
+                return draft.again(layer.node, now, feedback=draft.call(aten.new_empty.default, now[layer.weight], [0]))
             return draft.again(layer.node, now, {layer.position: draft.call(sg, now[layer.activity])})
 
         now = draft.follow(draft.inputs(), cut)
@@ -1608,11 +1611,15 @@ class _Capture:
                 rule, Graph(self.root.graph, names, parameters, rule.activities), self.root
             )
         tensors, arguments = rule.tensors(), list(arguments)
+        values = [*arguments, *(tensors[name] for name in program.own)]
+        run = _compiled(program, rule.compiler, values) if rule.compiler else program.forward
         with _autocast_off(arguments):
-            outputs, written, extras = program.forward(*arguments, *(tensors[name] for name in program.own))
+            results, count = run(*values), len(program.targets)
+        outputs, written = results[: program.outputs], results[program.outputs : program.outputs + count]
+        extras = results[program.outputs + count :]
         _write(zip(program.targets, written, strict=True), arguments, tensors)
         call.read = program.read, program
-        return rule.finish(list(outputs), extras, arguments)
+        return rule.finish(list(outputs), list(extras), arguments)
 
 
 def _program(rule: Rule, graph: Graph, root: nn.Module) -> fx.GraphModule:
@@ -1620,11 +1627,21 @@ def _program(rule: Rule, graph: Graph, root: nn.Module) -> fx.GraphModule:
     _require_learnable(rule, graph)
     draft = Draft(graph)
     outputs = rule.derive(draft)
-    draft.code.output((outputs, [value for _, value in draft.written], draft.extras))
+    draft.code.output((*outputs, *(value for _, value in draft.written), *draft.extras))
     draft.code.eliminate_dead_code()
     program = fx.GraphModule(root, draft.code)
     program.targets, program.own, program.read = [t for t, _ in draft.written], list(draft.owned), graph
+    program.outputs, program.compiled = len(outputs), {}
     return program
+
+
+def _compiled(program: fx.GraphModule, compiler: str, values: list) -> Callable:
+    """A program for values of these sizes, as a backend of torch.compile makes it."""
+    sizes = compiler, *(value.shape if isinstance(value, Tensor) else value for value in values)
+    if sizes not in program.compiled:
+        with _autocast_off(values):
+            program.compiled[sizes] = torch._dynamo.lookup_backend(compiler)(program, values)
+    return program.compiled[sizes]
 
 
 def _functional(module: fx.GraphModule) -> fx.GraphModule:
