@@ -17,7 +17,7 @@ def test_products_by_hand():
     width, positions = 4, [32**2, 32**2, 16**2, 16**2, 8**2, 8**2]
     first, between = 9 * 3 * width * 32**2, 9 * width**2 * sum(positions)
     readout = 10 * width
-    forward, errors, weights = steps.operations("cifar", width)
+    forward, errors, weights = steps.operations("cifar", width, torch.device("cpu"))
     assert forward == weights == 2 * 100 * (first + between + readout)
     assert errors == 2 * 100 * (between + readout)  # the images get none
 
