@@ -196,7 +196,7 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 def target(output: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
 
 
 def loss(output: Tensor) -> Tensor:
