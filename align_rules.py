@@ -251,6 +251,7 @@ class Rule(nn.Module):
         ValueError: an unknown name.
     """
 
+    compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
     back = "W"  # what carries errors back through a layer, in words
     recorded: set | None = None  # hooks with which calls were checked, of a network that Dynamo cannot write down
@@ -328,7 +329,7 @@ class Backprop(Rule):
     layerwise = False
 
     def forward(self, *inputs, **keywords) -> Any:
-        return self.network(*inputs, **keywords)
+        return super().forward(*inputs, **keywords) if self.compiler else self.network(*inputs, **keywords)
 
     def derive(self, draft: "Draft") -> list:
         return draft.outputs(draft.follow({**draft.places}))
@@ -1545,8 +1546,9 @@ class _Capture:
         if (program := self.programs.get(key)) is None:
             program = self.programs[key] = _program(rule, _read(rule, self.root.graph, arguments), self.root)
         tensors = rule.tensors()
+        values = [*arguments, *(tensors[name] for name in program.own)]
         with _autocast_off(arguments):
-            outputs = program.forward(*arguments, *(tensors[name] for name in program.own))
+            outputs = (program.forward if hooks is None else _compiled(program, rule.compiler, values))(*values)
         _now.read = program.read, program
         return outputs
 
@@ -1586,8 +1588,18 @@ def _program(rule: Rule, graph: Graph, root: nn.Module) -> fx.GraphModule:
     code.output(rule.derive(draft))
     code.eliminate_dead_code()
     program = fx.GraphModule(root, code)
-    program.own, program.read = list(own), graph
+    program.own, program.read, program.compiled = list(own), graph, {}
     return program
+
+
+def _compiled(program: fx.GraphModule, compiler: str | None, values: list) -> Callable:
+    """A program for values of these sizes, as a backend of torch.compile makes it; as it is, where it holds objects."""
+    if compiler is None or not all(isinstance(value, Tensor | int | float) for value in values):
+        return program.forward
+    sizes = compiler, *(value.shape if isinstance(value, Tensor) else value for value in values)
+    if sizes not in program.compiled:
+        program.compiled[sizes] = torch._dynamo.lookup_backend(compiler)(program, values)
+    return program.compiled[sizes]
 
 
 def _functional(module: fx.GraphModule) -> fx.GraphModule:

@@ -1,14 +1,18 @@
 """The time of a training step: every rule, width and precision, on CIFAR-10's networks and on the recurrent one.
 
-    python3 benchmarks/steps.py [--widths 8 32 128] [--precisions fp32 bf16] [--tensorflow] [--side-by-side]
+    python3 benchmarks/steps.py [--widths 8 32 128] [--precisions fp32 bf16] [--tensorflow] [--jax PYTHON]
+                                [--side-by-side]
 
 Steps are those of training, on made-up images in batches of 100 and on the Add task's sequences.
-They are timed turn by turn, one step of each setting a round, so that what else the machine does meets all of them: a
-figure is the median over the rounds, and the quartiles are its spread.
+They are timed turn by turn, so that what else the machine does meets all of them: in every round each setting makes as
+many steps, one after the other as in training, as take a twentieth of a second. A figure is the median over the rounds
+of a step's time, and the quartiles are its spread.
 
 "floor" is the time that a step's matrix products alone would take at the rate of a large one, measured in the same
 rounds. "evaluation" is a batch without gradients. `--tensorflow` times the same steps as TensorFlow graphs, in the same
-rounds but a process of its own (benchmarks/tensorflow_steps.py). `--side-by-side` tells how many runs at once pay.
+rounds but a process of its own (benchmarks/tensorflow_steps.py); `--jax` likewise backprop and Align-ada in JAX
+(benchmarks/jax_steps.py), in an environment with benchmarks/requirements-jax.txt. `--side-by-side` tells how many runs
+at once pay.
 
 Prints a table and the hours that the paper's experiments would take at that pace; writes a .csv and a figure.
 """
@@ -18,11 +22,9 @@ import csv
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -32,21 +34,22 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_add
 import train_cifar
 import train_kmnist
+from benchmarks.neighbours import Neighbour, Request
 from wide.data.datasets import Split
 from wide.grids.experiments import Experiment, Subject
 from wide.models.rules import RULES
 from wide.runs.run import Run, effective_batch
+from wide.training.capture import WARM_UP
 from wide.training.devices import choose_device, choose_precision, device_name, usable_cores
 from wide.training.loop import Training
 from wide.training.memory import keep_memory
-from wide.training.tasks import AddTask, ImageTask, Task
+from wide.training.tasks import AddTask, ImageTask, Task, count_operations
 
 SCRIPTS = {"cifar": train_cifar, "kmnist": train_kmnist, "add": train_add}
 CHANNELS = {"cifar": 3, "kmnist": 1}
@@ -62,8 +65,10 @@ PRODUCTS = {
     **dict.fromkeys(("last_layer", EVALUATION), (1, 0, 0)),
 }
 PRODUCT = 2048  # rows and columns of the matrices whose product gives the matrix rate
+TURN = 0.05  # seconds that a setting's steps take in a round, at least
 COPIED = 2**20  # floats that are copied for the copy rate: 4 MB
-HERE = Path(__file__).parent
+# Frameworks that make the same steps beside ours, and the rules that they have there.
+FRAMEWORKS = {"tensorflow": tuple(PRODUCTS)[:-1], "jax": ("backprop", "align_ada")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +79,20 @@ class Setting:
     rule: str
     width: int
     precision: str
+    compiled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of a setting's steps, in seconds: median, quartiles, floor; and the TensorFlow graph's, its first step apart."""
+    """Of a setting's steps, in seconds: median, quartiles, floor; by framework those beside it, first steps apart."""
 
     setting: Setting
     median: float
     quartiles: tuple[float, float]
     floor: float
-    tensorflow: float | None = None
-    tensorflow_first: float | None = None
+    first: float
+    others: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    others_first: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def subject(dataset: str) -> Subject:
@@ -132,6 +139,7 @@ class Step:
         )
         task = make_task(setting.dataset, device)
         self.training = Training(task, run)
+        self.training.rule.compiler = "inductor" if setting.compiled else None
         self.batches = task.evaluated_together if setting.rule == EVALUATION else 1  # that `make` goes through
         self.order = np.arange(run.batch_size * self.batches)
         (self.batch,) = task.batches(run, "train", [self.order], 0)
@@ -142,33 +150,33 @@ class Step:
         else:
             self.training.step([self.batch])
 
-    def seconds(self) -> float:
-        """Of a batch."""
+    def seconds(self, times: int = 1) -> float:
+        """Of a batch, the mean over so many steps."""
         choose_precision(self.setting.precision, self.device)
         start = self.training.clock()
-        self.make()
-        return (self.training.clock() - start) / self.batches
+        for _ in range(times):
+            self.make()
+        return (self.training.clock() - start) / self.batches / times
 
 
 @functools.cache
-def operations(dataset: str, width: int) -> tuple[int, int, int]:
+def operations(dataset: str, width: int, device: torch.device) -> tuple[int, int, int]:
     """Floating-point operations of a batch's matrix products: forward, of errors sent back, of weight gradients."""
-    forward, whole = (
-        _counted(Step(Setting(dataset, rule, width, "fp32"), torch.device("cpu"))) for rule in (EVALUATION, "backprop")
-    )
+    forward, whole = (_counted(Step(Setting(dataset, r, width, "fp32"), device)) for r in (EVALUATION, "backprop"))
     return forward, whole - 2 * forward, forward
 
 
 def _counted(step: Step) -> int:
-    with FlopCounterMode(display=False) as counter:
+    step.training.captured = None
+    with count_operations() as counter:
         step.make()
     return counter.get_total_flops() // step.batches
 
 
-def needed(setting: Setting) -> int:
+def needed(setting: Setting, device: torch.device) -> int:
     """Operations of the matrix products that a setting's step cannot do without."""
     times = (1, 1, 0) if (setting.dataset, setting.rule) == ("add", "last_layer") else PRODUCTS[setting.rule]
-    return sum(n * count for n, count in zip(times, operations(setting.dataset, setting.width), strict=True))
+    return sum(n * count for n, count in zip(times, operations(setting.dataset, setting.width, device), strict=True))
 
 
 class MatrixRate:
@@ -177,14 +185,15 @@ class MatrixRate:
     def __init__(self, precision: str, device: torch.device):
         self.precision, self.device = precision, device
         dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
-        self.factors = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype)
+        self.size = PRODUCT * (4 if device.type == "cuda" else 1)
+        self.factors = torch.randn(2, self.size, self.size, device=device).to(dtype)
 
     def seconds(self) -> float:
         choose_precision(self.precision, self.device)
         return _seconds(self.device, lambda: torch.mm(*self.factors))
 
     def operations(self) -> int:
-        return 2 * PRODUCT**3
+        return 2 * self.size**3
 
 
 class CopyRate:
@@ -211,46 +220,23 @@ def _seconds(device: torch.device, work) -> float:
     return time.perf_counter() - start
 
 
-class TensorFlow:
-    """The process that makes the same steps as TensorFlow graphs."""
-
-    def __init__(self, threads: int):
-        command = [sys.executable, str(HERE / "tensorflow_steps.py"), str(threads)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-
-    def seconds(self, step: Step, updates: int = 1, evaluations: int = 0) -> float:
-        """Of a step; or of so many, and of batches that are evaluated.
-
-        Raises:
-            RuntimeError: the process has ended, for want of TensorFlow for one.
-        """
-        line = json.dumps(request(step) | {"updates": updates, "evaluations": evaluations})
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        if not (line := self.process.stdout.readline()):
-            raise RuntimeError("the TensorFlow process has ended; does python3 benchmarks/tensorflow_steps.py 1 start?")
-        return float(line)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def request(step: Step) -> dict[str, object]:
-    """A step as tensorflow_steps.py takes it (its Request)."""
+def request(step: Step, updates: int = 1, evaluations: int = 0) -> Request:
+    """A step as other frameworks take it; or so many, and batches that are evaluated."""
     rule, run = step.training.rule, step.training.run
     feedback = rule.feedback if run.rule in ("fa", "dfa") else ()
     images, targets = step.batch
-    return {
-        "network": run.network,
-        "rule": run.rule,
-        "strides": list(subject(run.dataset).strides),
-        "shapes": [_shape(name, p.shape) for name, p in rule.network.named_parameters()],
-        "feedback": [_shape("", B.shape) for B in feedback],
-        "inputs": list(images.shape) if run.network == "rnn" else list(images.movedim(1, -1).shape),
-        "outputs": list(targets.shape) if run.network == "rnn" else [len(targets), CLASSES],
-    }
+    recurrent = run.network == "rnn"
+    return Request(
+        network=run.network,
+        rule=run.rule,
+        strides=list(subject(run.dataset).strides),
+        shapes=[_shape(name, p.shape) for name, p in rule.network.named_parameters()],
+        feedback=[_shape("", B.shape) for B in feedback],
+        inputs=list(images.shape if recurrent else images.movedim(1, -1).shape),
+        outputs=list(targets.shape) if recurrent else [len(targets), CLASSES],
+        updates=updates,
+        evaluations=evaluations,
+    )
 
 
 def _shape(name: str, shape: torch.Size) -> list[int]:
@@ -260,7 +246,7 @@ def _shape(name: str, shape: torch.Size) -> list[int]:
     return [*shape[2:], shape[1], shape[0]]
 
 
-def measure(settings: list[Setting], device: torch.device, rounds: int, tensorflow: TensorFlow | None = None):
+def measure(settings: list[Setting], device: torch.device, rounds: int, others: Mapping[str, Neighbour]):
     """Time all settings turn by turn.
 
     Returns:
@@ -269,13 +255,20 @@ def measure(settings: list[Setting], device: torch.device, rounds: int, tensorfl
     steps = [Step(setting, device) for setting in settings]
     rates = {name: MatrixRate(name, device) for name in dict.fromkeys(s.precision for s in settings)}
     rates["copy"] = CopyRate(device)
-    compared = [step for step in steps if tensorflow and _in_tensorflow(step.setting)]
-    firsts = {step.setting: tensorflow.seconds(step) for step in compared}
-    work = {step: step.seconds for step in [*steps, *rates.values()]}
-    work |= {step.setting: lambda step=step: tensorflow.seconds(step) for step in compared}
-    for _ in range(2):  # what happens only once
-        for make in work.values():
-            make()
+    compared = {
+        (step, name): functools.partial(_others_seconds, other, step)
+        for step in steps
+        for name, other in others.items()
+        if step.setting.precision == "fp32" and step.setting.rule in FRAMEWORKS[name]
+    }
+    firsts = {key: make(1) for key, make in compared.items()}
+    work = {}
+    for key, make in [*((step, step.seconds) for step in steps), *compared.items()]:
+        firsts.setdefault(key, make(1))
+        for _ in range(WARM_UP):  # before a CUDA graph is captured
+            make(1)
+        work[key] = functools.partial(make, math.ceil(TURN / make(1)))
+    work |= {rate: rate.seconds for rate in rates.values()}
     times: dict[object, list[float]] = {key: [] for key in work}
     for _ in range(rounds):
         for key, make in work.items():
@@ -286,17 +279,18 @@ def measure(settings: list[Setting], device: torch.device, rounds: int, tensorfl
             step.setting,
             statistics.median(times[step]),
             _quartiles(times[step]),
-            needed(step.setting) / found[step.setting.precision],
-            statistics.median(times[step.setting]) if step in compared else None,
-            firsts.get(step.setting),
+            needed(step.setting, device) / found[step.setting.precision],
+            firsts[step],
+            {name: statistics.median(times[step, name]) for name in others if (step, name) in times},
+            {name: firsts[step, name] for name in others if (step, name) in times},
         )
         for step in steps
     ]
     return timings, found
 
 
-def _in_tensorflow(setting: Setting) -> bool:
-    return setting.precision == "fp32" and setting.rule != EVALUATION
+def _others_seconds(other: Neighbour, step: Step, times: int) -> float:
+    return other.seconds(request(step, times)) / times
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
@@ -319,21 +313,25 @@ def columns(timing: Timing, backprop: Mapping[tuple, float]) -> dict[str, object
         "floor_ms": 1e3 * timing.floor,
         "of_floor": timing.floor / timing.median,
         "x_backprop": None,
-        "tensorflow_ms": None,
-        "of_tensorflow": None,
-        "tensorflow_first_ms": None,
+        "first_ms": 1e3 * timing.first,
     }
-    if (reference := backprop.get((setting.dataset, setting.width, setting.precision))) is not None:
+    place = setting.dataset, setting.width, setting.precision, setting.compiled
+    if (reference := backprop.get(place)) is not None:
         row["x_backprop"] = timing.median / reference
-    if timing.tensorflow is not None:
-        row["tensorflow_ms"], row["of_tensorflow"] = 1e3 * timing.tensorflow, timing.median / timing.tensorflow
-        row["tensorflow_first_ms"] = 1e3 * timing.tensorflow_first
+    for name in FRAMEWORKS:
+        other, first = timing.others.get(name), timing.others_first.get(name)
+        row |= {f"{name}_ms": _times(other, 1e3), f"of_{name}": other and timing.median / other}
+        row[f"{name}_first_ms"] = _times(first, 1e3)
     return row
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
 
 
 def as_rows(timings: Iterable[Timing]) -> list[dict[str, object]]:
     backprop = {
-        (t.setting.dataset, t.setting.width, t.setting.precision): t.median
+        (t.setting.dataset, t.setting.width, t.setting.precision, t.setting.compiled): t.median
         for t in timings
         if t.setting.rule == "backprop"
     }
@@ -341,15 +339,16 @@ def as_rows(timings: Iterable[Timing]) -> list[dict[str, object]]:
 
 
 def as_table(rows: list[dict[str, object]]) -> str:
-    """Markdown; the columns for TensorFlow where it was timed."""
-    compared = any(row["tensorflow_ms"] is not None for row in rows)
+    """Markdown; the columns of other frameworks where they were timed."""
+    compared = [name for name in FRAMEWORKS if any(row[f"{name}_ms"] is not None for row in rows)]
     head = ["", "width", "precision", "rule", "ms", "quartiles", "floor/time", "x backprop"]
-    head += ["TensorFlow ms", "ours/TensorFlow"] if compared else []
+    head += [title for name in compared for title in (f"{name} ms", f"ours/{name}")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [row["dataset"], row["width"], row["precision"], row["rule"], f"{row['ms']:.1f}"]
-        cells += [f"{row['ms_low']:.1f} to {row['ms_high']:.1f}", f"{row['of_floor']:.2f}", _ratio(row["x_backprop"])]
-        cells += [_ratio(row["tensorflow_ms"], 1), _ratio(row["of_tensorflow"])] if compared else []
+        rule = f"{row['rule']}{', compiled' * row['compiled']}"
+        cells = [row["dataset"], row["width"], row["precision"], rule, f"{row['ms']:.2f}"]
+        cells += [f"{row['ms_low']:.2f} to {row['ms_high']:.2f}", f"{row['of_floor']:.2f}", _ratio(row["x_backprop"])]
+        cells += [cell for n in compared for cell in (_ratio(row[f"{n}_ms"]), _ratio(row[f"of_{n}"]))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -378,8 +377,9 @@ def draw(path: Path, rows: list[dict[str, object]]) -> None:
             )
         own = [row for row in shown if row["rule"] == "backprop"]
         _line(axes, own, "floor_ms", label="floor of backprop", color="#111111", linestyle=":")
-        if any(row["tensorflow_ms"] for row in own):
-            _line(axes, own, "tensorflow_ms", label="backprop, TensorFlow", color="#8a8a8a", marker="o")
+        for name, marker in zip(FRAMEWORKS, "ox", strict=True):
+            if any(row[f"{name}_ms"] for row in own):
+                _line(axes, own, f"{name}_ms", label=f"backprop, {name}", color="#8a8a8a", marker=marker)
         axes.set(xscale="log", yscale="log", xlabel="width", ylabel="ms a step", title=" ".join(place))
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
@@ -396,7 +396,8 @@ def hours(rows: list[dict[str, object]], precision: str) -> str:
         times: dict[str, dict[int, float]] = {}
         for row in rows:
             if (row["dataset"], row["precision"]) == (dataset, precision):
-                times.setdefault(row["rule"], {})[row["width"]] = row["ms"] / 1e3
+                own = times.setdefault(row["rule"], {})
+                own[row["width"]] = min(row["ms"] / 1e3, own.get(row["width"], math.inf))  # compiled or not
         for number, experiment in SCRIPTS[dataset].EXPERIMENTS.items():
             if {*experiment.rules, EVALUATION} <= times.keys():
                 runs, seconds = _experiment(dataset, experiment, times)
@@ -482,11 +483,13 @@ def main() -> None:
     add("--widths", nargs="+", type=int, default=[8, 32], help="of images' networks (default 8 32)")
     add("--recurrent-widths", nargs="+", type=int, default=[16, 64, 256], help="(default 16 64 256)")
     add("--precisions", nargs="+", default=["fp32"], help="fp32, tf32, bf16, fp64 (default fp32)")
-    add("--rules", nargs="+", choices=RULES, help="default: all of each dataset's experiments")
+    add("--compiled", nargs="+", choices=("no", "yes"), default=["no"], help="by torch's compiler (default: no)")
+    add("--rules", nargs="+", choices=list(PRODUCTS)[:-1], help="default: all of each dataset's experiments")
     add("--rounds", type=int, default=9, help="timed rounds (default %(default)s)")
     add("--threads", type=int, default=1, help="of a processor (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--tensorflow", action="store_true", help="time TensorFlow graphs of the same steps beside them")
+    add("--jax", metavar="PYTHON", help="time the same steps in JAX beside them, with the interpreter that has it")
     add("--side-by-side", nargs="*", type=int, metavar="RUNS", help="numbers of runs at once (default 1 2)")
     add("--output", type=Path, default=Path("outputs/steps"), help="of .csv and .png, without suffix (%(default)s)")
     arguments = parser.parse_args()
@@ -494,16 +497,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
     settings = [
-        Setting(dataset, rule, width, precision)
+        Setting(dataset, rule, width, precision, choice == "yes" and rule != EVALUATION)
         for dataset in arguments.datasets
         for width in (arguments.recurrent_widths if dataset == "add" else arguments.widths)
         for precision in arguments.precisions
-        for rule in [*(r for r in rules(dataset) if r in (arguments.rules or RULES)), EVALUATION]
+        for choice in arguments.compiled
+        for rule in [*(arguments.rules or rules(dataset)), EVALUATION]
+        if rule == EVALUATION or subject(dataset).networks[0] not in RULES[rule].unsuited
     ]
-    tensorflow = TensorFlow(arguments.threads) if arguments.tensorflow else None
-    timings, rates = measure(settings, device, arguments.rounds, tensorflow)
-    if tensorflow:
-        tensorflow.close()
+    settings = list(dict.fromkeys(settings))  # an evaluation is not compiled
+    others = {"tensorflow": Neighbour("tensorflow_steps.py", arguments.threads)} if arguments.tensorflow else {}
+    if arguments.jax:
+        others["jax"] = Neighbour("jax_steps.py", arguments.threads, arguments.jax)
+    timings, rates = measure(settings, device, arguments.rounds, others)
+    for other in others.values():
+        other.close()
     rows = as_rows(timings)
     memory = "kept" if kept else "not kept"
     print(f"{device_name(device)}; torch {torch.__version__}; memory {memory}; medians of {arguments.rounds} rounds")

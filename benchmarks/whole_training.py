@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.steps import Setting, Step, TensorFlow
+from benchmarks.neighbours import Neighbour
+from benchmarks.steps import Setting, Step, request
 from wide.training.devices import device_name
 from wide.training.tasks import AddTask
 
@@ -47,8 +48,8 @@ def tensorflows(rule: str, width: int, epochs: int) -> float:
         for splits in (["train"], [evaluation.split for evaluation in task.evaluations])
     )
     start = time.perf_counter()
-    process = TensorFlow(torch.get_num_threads())
-    process.seconds(step, updates=updates * epochs, evaluations=evaluated * epochs)
+    process = Neighbour("tensorflow_steps.py", torch.get_num_threads())
+    process.seconds(request(step, updates * epochs, evaluated * epochs))
     process.close()
     return time.perf_counter() - start
 

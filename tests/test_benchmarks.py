@@ -17,7 +17,7 @@ def test_products_by_hand():
     width, positions = 4, [32**2, 32**2, 16**2, 16**2, 8**2, 8**2]
     first, between = 9 * 3 * width * 32**2, 9 * width**2 * sum(positions)
     readout = 10 * width
-    forward, errors, weights = steps.operations("cifar", width)
+    forward, errors, weights = steps.operations("cifar", width, torch.device("cpu"))
     assert forward == weights == 2 * 100 * (first + between + readout)
     assert errors == 2 * 100 * (between + readout)  # the images get none
 
@@ -58,10 +58,10 @@ def test_the_benchmark_runs(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 def test_the_same_steps_in_tensorflow():
-    tensorflow = steps.TensorFlow(threads=1)
+    tensorflow = steps.Neighbour("tensorflow_steps.py", threads=1)
     for dataset, rule in (("kmnist", "align_ada"), ("kmnist", "dfa"), ("add", "align_ada")):
         step = steps.Step(steps.Setting(dataset, rule, 4, "fp32"), torch.device("cpu"))
-        assert tensorflow.seconds(step) > 0
+        assert tensorflow.seconds(steps.request(step)) > 0
     tensorflow.close()
 
 

@@ -1,6 +1,11 @@
 """What the scripts share: networks, data, training, grids of runs, reports."""
 
+import os
 import sys
+
+# Before torch is imported: threads that wait for each other sleep, so that commands side by side do not slow each other
+# down by more than their number.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class UserError(Exception):

@@ -100,6 +100,8 @@ def as_options(arguments: argparse.Namespace, subject: Subject) -> Options:
         device=arguments.device,
         precision=arguments.precision,
         deterministic=arguments.deterministic,
+        compile=arguments.compile,
+        threads=arguments.threads,
         outputs=arguments.outputs,
         grid={name: _unrepeated(value) for name, value in given.items()},
         quick=arguments.quick,
@@ -113,6 +115,8 @@ def _parallel(arguments: argparse.Namespace) -> ParallelOptions | None:
         UserError: an option that needs another, or contradicts it.
     """
     given = {name: value for name in ("runs_per_gpu", "threads_per_run") if (value := vars(arguments)[name])}
+    if arguments.parallel and arguments.threads:
+        raise UserError("--threads is for runs one after the other; with --parallel use --threads-per-run")
     if not arguments.parallel:
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')} is for runs side by side; add --parallel")
@@ -209,6 +213,10 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU where there is one)")
     same = "use only algorithms that give the same numbers every time, on GPUs too; slower, and some have none"
     add("--deterministic", action="store_true", help=same)
+    faster = "hand steps to torch's compiler: on GPUs faster, after a first step of each network of 10 to 50 seconds"
+    add("--compile", action="store_true", help=faster)
+    cores = "use so many threads of a processor for a run (default: one for narrow networks, else one per core)"
+    add("--threads", type=positive_int, metavar="N", help=cores)
     add(
         "--precision",
         choices=PRECISIONS,

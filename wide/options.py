@@ -82,6 +82,8 @@ class Options:
         parallel: how runs are placed side by side; None for one after the other.
         device, precision: as given; "auto" among them.
         deterministic: use only algorithms that give the same every time.
+        compile: hand steps to torch's compiler.
+        threads: of a processor, for runs one after the other; None for as many as pay.
         outputs: where results go.
         grid: values that replace the experiment's own, by the names of its axes and settings.
         quick: a small grid, for a first look.
@@ -98,6 +100,8 @@ class Options:
     device: str = "auto"
     precision: str = "auto"
     deterministic: bool = False
+    compile: bool = False
+    threads: int | None = None
     outputs: Path = Path("outputs")
     grid: Mapping[str, object] = dataclasses.field(default_factory=dict)
     quick: bool = False

@@ -12,11 +12,12 @@ from wide.grids.batches import note_other_batches, require_same_batches
 from wide.grids.cluster import import_ray
 from wide.grids.evaluation import evaluate
 from wide.grids.one_run import Failures, Progress, say, train_one
-from wide.grids.pace import Pace, counted
+from wide.grids.pace import Pace, counted, makespan
 from wide.grids.parallel import train_side_by_side
 from wide.grids.study import Study
 from wide.runs.files import writing
 from wide.runs.folder import FINISHED, RunFolder
+from wide.training.devices import choose_threads, usable_cores
 from wide.training.session import PREPARE, train_as_worker
 from wide.training.tasks import Task
 
@@ -111,8 +112,8 @@ def train_missing(study: Study) -> Failures:
         require_space(study, task, missing)
     each = f"{counted(study.epochs, 'epoch')}{' each' * (len(missing) > 1)}"
     count = f"{len(missing)} of {counted(len(study.folders), 'run')} to train, {each}"
-    print(f"{study.shown.title}: {count}", flush=True)
     pace = Pace(len(task.splits["train"]), study.epochs, products(task, missing))
+    print(f"{study.shown.title}: {count}{gain_of_parallel(study, missing, pace)}", flush=True)
     if study.options.parallel:
         del task  # the workers have their own
         failures = train_side_by_side(study, missing, pace)
@@ -120,6 +121,16 @@ def train_missing(study: Study) -> Failures:
         failures = train_in_turn(study, task, missing, pace)
     # What another process was training may be done by now.
     return [(folder, reason) for folder, reason in failures if folder.status(study.epochs) not in FINISHED]
+
+
+def gain_of_parallel(study: Study, missing: list[RunFolder], pace: Pace) -> str:
+    """In words, how many times as fast runs of one thread would be side by side; nothing where that is not much."""
+    alone = study.machine.device.type == "cpu" and not study.options.parallel and study.processes.count == 1
+    if not alone or study.experiment.timed or any(choose_threads(f.run, study.options.threads) > 1 for f in missing):
+        return ""
+    left = [pace.left([folder]) for folder in missing]
+    gain = sum(left) / max(makespan(left, usable_cores()), 1e-9)
+    return f" (--parallel: about {gain:.1f} times as fast)" if gain >= 1.5 else ""
 
 
 def train_in_turn(study: Study, task: Task, missing: list[RunFolder], pace: Pace) -> Failures:

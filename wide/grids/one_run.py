@@ -12,6 +12,7 @@ from wide.grids.pace import Pace, counted
 from wide.grids.study import Study
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.locks import Busy
+from wide.training.devices import choose_threads
 from wide.training.learner import Learner
 from wide.training.recorders import Recorder
 from wide.training.session import Schedule, train, warm_up
@@ -43,6 +44,8 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress |
         folder.require_checkpoint()
     except UserError as error:  # nothing is written into what was kept
         return Outcome(f"{name}: failed: {error}", str(error))
+    parallel = study.options.parallel
+    choose_threads(folder.run, parallel.threads if parallel else study.options.threads)
     try:
         if study.experiment.timed:
             warm_up(task, folder.run)

@@ -16,7 +16,13 @@ from wide.options import PAPER_SEED, Options
 from wide.reports.shown import Shown
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run, effective_batch
-from wide.training.devices import choose_algorithms, choose_device, choose_precision, device_name
+from wide.training.devices import (
+    choose_algorithms,
+    choose_compiler,
+    choose_device,
+    choose_precision,
+    device_name,
+)
 from wide.training.gaps import Gaps
 from wide.training.processes import ALONE, Processes, join
 from wide.training.recorders import AlignmentScores, Angles, Changes, KeptParameters, Recorder
@@ -45,6 +51,9 @@ class Machine:
         """Of this process alone, whatever others the environment speaks of; raises as `chosen` does."""
         choose_algorithms(options.deterministic)
         device = choose_device(options.device)
+        choose_compiler(options.compile, device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
         return cls(device, choose_precision(options.precision, device))
 
 

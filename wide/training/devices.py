@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._triton import has_triton
 
+from align_rules import Rule
 from wide import UserError
 from wide.runs.run import Run
 from wide.training.processes import local_rank
@@ -90,6 +92,20 @@ def usable_cores() -> int:
         return cores
 
 
+# From these widths on a step of training gains by a second thread (docs/speed.md).
+WIDE = {"cnn": 1, "mlp": 1024, "rnn": 512}
+
+
+def choose_threads(run: Run, wanted: int | None) -> int:
+    """How many threads of a processor a run takes: as many as are asked for, by OMP_NUM_THREADS too; else one per core
+    where the network is wide enough for them, and one where it is not. Set for the whole process."""
+    if wanted is None and "OMP_NUM_THREADS" not in os.environ and run.timed_on is None:
+        wanted = usable_cores() if run.width >= WIDE[run.network] else 1
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
 def finish(device: torch.device) -> None:
     """Wait until all that was queued on a device is done."""
     if device.type != "cpu":
@@ -111,6 +127,19 @@ def choose_algorithms(deterministic: bool) -> None:
     if deterministic:
         # cuBLAS is deterministic with workspaces of its own (its manual, "Results reproducibility").
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def choose_compiler(wanted: bool, device: torch.device) -> None:
+    """For the whole process: whether rules hand their graphs to torch's compiler (Inductor, with Triton on GPUs).
+
+    Numbers then agree to rounding.
+
+    Raises:
+        UserError: it is asked for, and Triton is missing on a GPU.
+    """
+    if wanted and device.type == "cuda" and not has_triton():
+        raise UserError("--compile needs Triton on a GPU, which torch does not find here; leave it out")
+    Rule.compiler = "inductor" if wanted else None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm import tqdm
 
+from align_rules import Rule
 from wide import UserError
 from wide.runs.checkpoints import DIGEST, Unusable
 from wide.runs.folder import RunFolder
@@ -89,6 +90,7 @@ def _start(training: Training, folder: RunFolder) -> None:
     if checkpoint is not None and checkpoint[DIGEST] is None:
         folder.save(training.state())  # of an earlier version: from now on it says whose it is
     where = device_name(device) + (f", {count} processes" if count > 1 else "")
+    where += ", compiled" if Rule.compiler else ""
     folder.begin_session(training.task.fingerprint, where, training.epoch)
     if checkpoint is None:
         # Before the checkpoint: a run killed between the two would not come back here.

@@ -19,6 +19,19 @@ from wide.runs.run import Run
 from wide.training.processes import Processes
 
 
+def count_operations() -> FlopCounterMode:
+    """Counts floating-point operations of products, those of a recurrence among them, which torch does not know."""
+
+    def of_recurrence(s0, W, drive, *_, **__) -> int:  # shapes
+        return 2 * math.prod(drive) * W[0]
+
+    def of_addmm(_, one, other, **__) -> int:
+        return 2 * math.prod(one) * other[-1]
+
+    mapping = {align_rules.RECURRENCE.overloadpacket: of_recurrence, torch.ops.aten.addmm_: of_addmm}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """A pass over a split after each epoch. `streamed`: in an order from the run's stream, as published; else fixed."""
@@ -64,7 +77,7 @@ class Task:
         """Floating-point operations of the products in a forward pass of the run's network, with a batch."""
         with torch.device("meta"), torch.no_grad():
             network, inputs = self.network(run), torch.empty(run.batch_size, *self.input_shape)
-            with FlopCounterMode(display=False) as counter:
+            with count_operations() as counter:
                 network(inputs)
         return counter.get_total_flops()
 
