@@ -48,8 +48,15 @@ HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
 ACTIVITIES = "relative change of activities"
 ENDS = "relative change of weights, first layer and readout"
 BETWEEN = "relative change of weights, between hidden layers"
-AFTER = [f"after {updates} update{'s' * (updates > 1)}" for updates in (1, 10, 100, 1000)]
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((after, -1.0) for after in AFTER))
+
+
+def after(updates: int) -> str:
+    """What stands for a layer in distances of outputs."""
+    return f"after {updates} update{'s' * (updates > 1)}"
+
+
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0))
+PANELS += tuple((after(updates), -1.0) for updates in (1, 10, 100, 1000))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:
