@@ -55,8 +55,8 @@ def after(updates: int) -> str:
     return f"after {updates} update{'s' * (updates > 1)}"
 
 
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0))
-PANELS += tuple((after(updates), -1.0) for updates in (1, 10, 100, 1000))
+AFTER = [after(updates) for updates in (1, 10, 100, 1000)]
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((name, -1.0) for name in AFTER))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:
