@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
@@ -76,6 +77,7 @@ def script(name, *arguments, processes=1, cwd=None):
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(shown_warnings())
+        stack.callback(torch.use_deterministic_algorithms, False)  # as --deterministic may leave it
         try:
             runpy.run_path(line[0], run_name="__main__")
             status = 0

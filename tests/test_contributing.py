@@ -113,7 +113,7 @@ RULES["half_prop"] = RuleSpec(
 
 EXPERIMENT = """EXPERIMENTS = {
     2: Experiment("loss against learning rate", ("backprop",), (8,), (0.001, 0.002), epochs=2,
-                  view=View(against="learning_rate", best_over=(){figure})),
+                  view=View(against="learning_rate", best_over=(), figure="empty_axes")),
 """
 
 FIGURE = """
@@ -198,23 +198,14 @@ def test_a_rule(copy):
     assert copy.touched == named("A rule")
 
 
-def test_an_experiment(copy):
-    start = "EXPERIMENTS = {\n"
-    copy.replace("train_add.py", start, EXPERIMENT.replace("{figure}", ""))
+def test_an_experiment_and_a_figure(copy):
+    copy.replace("train_add.py", "EXPERIMENTS = {\n", EXPERIMENT)
     copy.replace(
         "train_add.py", "from wide.reports.tables import BEST_LOSS", "from wide.reports.tables import BEST_LOSS, View"
     )
-    assert "| rule | lr 0.001 | lr 0.002 |" in copy.run("train_add.py", 2)
     assert copy.touched == named("An experiment", dataset="add")
-
-
-def test_a_figure(copy):
+    copy.touched.clear()
     copy.add("wide/reports/figures.py", FIGURE)
     assert copy.touched == named("A figure")
-    # What asks for it is an experiment.
-    copy.replace("train_add.py", "EXPERIMENTS = {\n", EXPERIMENT.replace("{figure}", ', figure="empty_axes"'))
-    copy.replace(
-        "train_add.py", "from wide.reports.tables import BEST_LOSS", "from wide.reports.tables import BEST_LOSS, View"
-    )
-    copy.run("train_add.py", 2)
+    assert "| rule | lr 0.001 | lr 0.002 |" in copy.run("train_add.py", 2)
     assert (copy.folder / "outputs" / "add" / "experiment_2.png").exists()

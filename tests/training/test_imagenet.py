@@ -51,10 +51,10 @@ def options(folders, outputs, *more):
             "--data-dir", folders, "--outputs", outputs, *more]  # fmt: skip
 
 
-def rows(outputs, rule, epochs=None):
+def rows(outputs, rule):
     (path,) = outputs.glob(f"imagenet/cnn-{rule}-*/metrics.csv")
     with open(path) as file:
-        return list(csv.DictReader(file))[:epochs]
+        return list(csv.DictReader(file))
 
 
 def final_parameters(outputs, rule):
@@ -304,21 +304,20 @@ def test_shapes_are_drawn_once(tmp_path, monkeypatch):
 
 
 def test_it_learns_through_the_script(folders, tmp_path):
-    rules = ("backprop", "align_ada")
-    arguments = options(folders, tmp_path, "--widths", 16, "--epochs", 6, "--rules", *rules)
-    done = script("train_imagenet.py", 1, *arguments)
+    done = script(
+        "train_imagenet.py", 1, *options(folders, tmp_path, "--widths", 16, "--epochs", 6, "--rules", "align_ada")
+    )
     assert done.returncode == 0, done.stderr
     assert "# ImageNet: accuracy, top-1 and top-5" in done.stdout
     assert (tmp_path / "imagenet" / "experiment_1.png").stat().st_size > 5000
-    for rule in rules:
-        first, *_, last = rows(tmp_path, rule)
-        assert list(first) == [
-            "epoch", "train_loss", "train_accuracy", "train_top_5_accuracy",
-            "validation_accuracy", "validation_top_5_accuracy", "unreadable", "seconds",
-        ]  # fmt: skip
-        assert float(last["train_loss"]) < 0.9 * float(first["train_loss"]), rule
-        assert float(last["validation_top_5_accuracy"]) == 1  # there are two classes
-        assert max(float(row["validation_accuracy"]) for row in rows(tmp_path, rule)) > 0.75, rule
+    first, *_, last = found = rows(tmp_path, "align_ada")
+    assert list(first) == [
+        "epoch", "train_loss", "train_accuracy", "train_top_5_accuracy",
+        "validation_accuracy", "validation_top_5_accuracy", "unreadable", "seconds",
+    ]  # fmt: skip
+    assert float(last["train_loss"]) < 0.9 * float(first["train_loss"])
+    assert float(last["validation_top_5_accuracy"]) == 1  # there are two classes
+    assert max(float(row["validation_accuracy"]) for row in found) > 0.75
 
 
 def test_alignment_is_scored_in_two_processes_as_in_one(folders, tmp_path):
