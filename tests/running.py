@@ -93,6 +93,7 @@ def shown_warnings():
         warnings.resetwarnings()
         for unseen in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", unseen)
+        warnings.filterwarnings("ignore", "Guards may run slower on Python")  # torch's advice on 3.13.0
         warnings.showwarning = lambda *message, **_: sys.stderr.write(warnings.formatwarning(*message[:4]))
         yield
 
