@@ -46,9 +46,9 @@ activation function, or at the next layer's input if none comes before; e enters
 Activation functions are those in ACTIVATIONS; others, and those with parameters, are part of the block. Errors add up
 wherever an activity is used more than once, as in backprop, and go back along a skip connection, which no layer cuts.
 
-The initial network is its parameters and its own statistics (buffers named in STATISTICS), which its own activities
-update in the same steps. All else it shares with the current one: modules, modes, random draws, which are made once,
-and the state that the network keeps between calls, from which both start.
+The initial network is its parameters and its own statistics (buffers named in STATISTICS, the vectors of spectral
+norm), which its own activities update in the same steps. All else it shares with the current one: modules, modes,
+random draws, which are made once, and the state that the network keeps between calls, from which both start.
 
 How it works. torch.compile's Dynamo writes a call down, and notices when anything that Python decided has changed; the
 rest of torch makes that one graph of operators; a rule is a small change to the graph, and runs as generated code under
@@ -791,8 +791,7 @@ class _FromInitial(Rule):
     def __init__(self, network: nn.Module, live: Names = (), added: Names = ()):
         super().__init__(network, (*live, *added))
         self.live = _parameters_within(network, live)
-        statistics = {name: t for name, t in network.named_buffers() if name.rpartition(".")[2] in STATISTICS}
-        kept = {**dict(network.named_parameters()), **statistics}
+        kept = {**self.known.parameters, **self.known.statistics}
         self.initial = _Tensors((name, t.detach().clone()) for name, t in kept.items())
         self.kept = tuple(name for name in kept if name not in self.live)
 
@@ -1054,7 +1053,10 @@ def _gradients(loss: Tensor, of: list[Tensor], **options) -> list[Tensor | None]
     if not of or not isinstance(loss, Tensor) or not loss.requires_grad:
         return [None] * len(of)
     with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
-        return list(torch.autograd.grad(loss, of, allow_unused=True, **options))
+        try:
+            return list(torch.autograd.grad(loss, of, allow_unused=True, **options))
+        except RuntimeError as error:
+            raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
 
 
 def _nodes_behind(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> set:
@@ -1130,8 +1132,8 @@ MEETING = REARRANGING | _named_operators(
 )
 # What is made of the shape of its argument alone.
 SHAPED = _named_operators("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
-# Buffers of which the initial network has its own: of normalisation, and the vectors of spectral norm.
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "_u", "_v", "weight_u", "weight_v")
+# Buffers of which the initial network has its own, beside the vectors of spectral norm.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Layer(NamedTuple):
@@ -1155,11 +1157,13 @@ class Graph:
     `results` what it gives, and `state` what it writes back, by place.
     """
 
-    def __init__(self, graph: fx.Graph, names: Iterable[str | None], parameters: Names, activities: Names):
+    def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names):
         *nodes, output = graph.nodes
         self.places = [node for node in nodes if node.op == "placeholder"]
-        self.names = dict(zip(self.places, names, strict=True))
-        self.parameters = {place: name for place, name in self.names.items() if name in parameters}
+        given = dict(zip(self.places, arguments, strict=True))
+        self.names = {place: known.names.get(id(value)) for place, value in given.items()}
+        self.parameters = {place: name for place, name in self.names.items() if name in known.parameters}
+        self.learning = {place for place, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
         writes = {n: n.args[0] for n in nodes if n.target is aten.copy_.default and n.args[0] in self.names}
         self.state = {place: node.args[1] for node, place in writes.items()}
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
@@ -1167,20 +1171,20 @@ class Graph:
         self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f)]
         held: set[fx.Node] = set()  # buffers that hold activities from one call to the next
         while True:
-            self._read(activities, held)
+            self._read(known.statistics, activities, held)
             more = {p for p, n in self.state.items() if self.kinds[p] == FIXED and self.kinds[n] == ACTIVITY}
             if not more:
                 break
             held |= more
         self.last = next(reversed(self.layers.values()), None)
 
-    def _read(self, activities: Names, held: set[fx.Node]) -> None:
+    def _read(self, statistics: Names, activities: Names, held: set[fx.Node]) -> None:
         self.kinds: dict[fx.Node, int] = {}
         self.layers: dict[fx.Node, Layer] = {}
         sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
         for place, name in self.names.items():
             learned = place in self.parameters and name not in activities
-            if learned or (name and name.rpartition(".")[2] in STATISTICS):
+            if learned or name in statistics:
                 self.kinds[place], sources[place] = WEIGHT, frozenset([name] if learned else [])
             else:
                 buffer = name and place not in self.parameters and place not in held
@@ -1211,9 +1215,12 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        differentiated, more = set(), [*self.results]
+        reached, differentiated, more = set(self.learning), set(), [*self.results]
+        for node in self.nodes:
+            if node.target is not torch.detach and _flows(node) and not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
         while more:
-            if (node := more.pop()) not in differentiated and _flows(node) and node.target is not torch.detach:
+            if (node := more.pop()) in reached and node not in differentiated:
                 differentiated.add(node)
                 more += node.all_input_nodes
         for node in self.nodes:
@@ -1429,19 +1436,23 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
             except _Unproved as unproved:
                 random.setstate(drawn)
                 capture, arguments = unproved.args
-                _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
-                capture.proved.add(hooks)
-                return _called(rule, inputs, keywords)
+                try:
+                    _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
+                    capture.proved.add(hooks)
+                    return _called(rule, inputs, keywords)
+                except TypeError as error:
+                    reason = error
             except _Refused as refused:
                 random.setstate(drawn)
+                reason = refused
+        if hooks not in (rule.recorded or ()):
+            _prove(network, inputs, keywords, _record, ())
+            if rule.recorded is None:
                 rule.recorded = set()
                 warnings.warn(
                     f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch "
-                    f"cannot write it down: {refused}",
-                    stacklevel=_depth(),
-                )
-        if hooks not in rule.recorded:
-            _prove(network, inputs, keywords, _record, ())
+                    f"cannot write it down: {reason}", stacklevel=_depth()
+                )  # fmt: skip
             rule.recorded.add(hooks)
         return _record(rule, inputs, keywords)
 
@@ -1449,17 +1460,18 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
 def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> Any:
     """By way of Dynamo."""
     if not hasattr(rule, "entry"):
+        if any(isinstance(value, random.Random) for m in rule.network.modules() for value in vars(m).values()):
+            raise _Refused("its draws from a random.Random of its own would be constants")
         modules = tuple((name, type(module)) for name, module in rule.network.named_modules())
         rule.entry = _entry(modules, tuple((name, p.shape) for name, p in rule.network.named_parameters()))
     _now.rule, _now.hooks, _now.read = rule, hooks, None
     try:
         with _SETTINGS, _without_backward_hooks(rule.known.modules.values()):
             result = rule.entry(rule.network, inputs, keywords)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise _Refused(_reason(error)) from error
-    except RuntimeError as error:
-        if _now.read or "fullgraph=True" not in str(error):
+    except (RuntimeError, AssertionError) as error:  # as Dynamo's are
+        if _now.read:
             raise
+        raise _Refused(_reason(error)) from error
     if not _now.read:
         raise _Refused("torch.compile is switched off here, or another mode watches what torch is called for")
     return result
@@ -1492,7 +1504,7 @@ class _Capture:
         names = tuple(rule.known.names.get(id(t)) for t in arguments)
         key = type(rule), _settings(rule), names
         if (program := self.programs.get(key)) is None:
-            program = self.programs[key] = _program(rule, _read(rule, self.root.graph, names), self.root)
+            program = self.programs[key] = _program(rule, _read(rule, self.root.graph, arguments), self.root)
         tensors = rule.tensors()
         with _autocast_off(arguments):
             outputs = program.forward(*arguments, *(tensors[name] for name in program.own))
@@ -1505,9 +1517,9 @@ def _settings(rule: Rule) -> tuple:
     return tuple(value for value in vars(rule).values() if isinstance(value, str | int | float | tuple | None))
 
 
-def _read(rule: Rule, graph: fx.Graph, names: Iterable[str | None]) -> Graph:
+def _read(rule: Rule, graph: fx.Graph, arguments: Iterable) -> Graph:
     """Raises TypeError where the rule cannot be right."""
-    read = Graph(graph, names, rule.known.parameters, rule.activities)
+    read = Graph(graph, rule.known, arguments, rule.activities)
     if written := [name for place, name in read.parameters.items() if place in read.state]:
         raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
     if rule.layerwise:
@@ -1552,22 +1564,22 @@ def _functionalised(function: Callable, *values) -> Any:
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-
-    def outside(value: Any) -> Any:
-        if not isinstance(value, FunctionalTensor):
-            return value
-        torch._sync(value)
-        return torch._from_functional_tensor(value.elem)
-
     with FunctionalTensorMode():
         inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
-        results = pytree.tree_map(outside, function(*inside))
-        now = [outside(value) for value in inside]
+        results = pytree.tree_map(_outside, function(*inside))
+        now = [_outside(value) for value in inside]
     with torch.no_grad():
         for value, new in zip(values, now, strict=True):
             if isinstance(value, Tensor) and new is not value:
                 value.copy_(new)
     return results
+
+
+def _outside(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)
+    return torch._from_functional_tensor(value.elem)
 
 
 class _Walk(fx.Interpreter):
@@ -1623,14 +1635,46 @@ def _bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = 
     return F.linear((one[..., :, None] * other[..., None, :]).flatten(-2), weight.flatten(1), bias)
 
 
+def _einsum(equation: Any, *parts: Any) -> Any:
+    """A sum over an index of one entry alone is a product too: it becomes one over two entries."""
+    terms, arrow, result = str(equation).replace(" ", "").partition("->")
+    if arrow and "." not in terms and len(terms := terms.split(",")) == len(parts):
+        sizes = [pair for term, part in zip(terms, parts, strict=True) for pair in zip(term, part.shape, strict=True)]
+        alone = {i for i, size in sizes if size == 1 and i not in result} - {i for i, size in sizes if size > 1}
+        pads = [[end for i in reversed(term) for end in (0, int(i in alone))] for term in terms]
+        parts = [F.pad(part, pad) if any(pad) else part for part, pad in zip(parts, pads, strict=True)]
+    return torch.einsum(equation, *parts)
+
+
+def _unchecked(function: Callable, *args, **kwargs) -> Any:
+    return function(*args, **kwargs)[0]
+
+
 def _as_products(function: Callable, *args) -> Any:
+    # What packed sequences have of batch sizes is read, not computed with.
+    args = pytree.tree_map_only(Tensor, lambda t: t if _differentiable(t) else _outside(t), args)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), torch.backends.cudnn.flags(enabled=False):
         return function(*args)
 
 
+def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
+    """torch.nn.utils.rnn.pad_packed_sequence: (steps of all sequences, one after the other) -> (time, batch, ...)."""
+    sizes = _outside(batch_sizes).tolist()
+    sizes += [0] * (total - len(sizes))
+    ends = [[0, 0] * (data.dim() - 1) + [0, sizes[0] - size] for size in sizes]
+    padded = torch.stack([F.pad(row, end, value=value) for row, end in zip(data.split(sizes), ends, strict=True)])
+    lengths = torch.tensor([sum(size > k for size in sizes) for k in range(sizes[0])])
+    return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
 SPELLED = {
+    torch._VF._pad_packed_sequence: _padded,
     **{f: functools.partial(_as_products, f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-    Tensor.detach: _cut, torch.detach: _cut, Tensor.data.__get__: _cut,
+    **{f: functools.partial(_unchecked, g) for f, g in (
+        (torch.linalg.inv, torch.linalg.inv_ex), (torch.inverse, torch.linalg.inv_ex),
+        (torch.linalg.solve, torch.linalg.solve_ex), (torch.linalg.cholesky, torch.linalg.cholesky_ex),
+    )},
+    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, Tensor.data.__get__: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
 
@@ -1704,7 +1748,10 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     limit = max(_tolerance(precision, 1e-2, 0.3) for precision in precisions)
     for what, share in zip(told, shares, strict=True):
         if not share <= limit:
-            raise TypeError(f"torch writes {name} down wrongly: {what} is off by {share:.2g} of its size. {REMEDY}")
+            raise TypeError(
+                f"torch writes {name} down wrongly, or it has hooks on tensors, or state elsewhere than in tensors and "
+                f"containers of its modules: {what} is off by {share:.2g} of its size. {REMEDY}"
+            )
 
 
 @contextlib.contextmanager
@@ -1822,8 +1869,7 @@ def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
     with _without_backward_hooks(rule.known.modules.values()):
         record = _Record(rule.network, inputs, keywords)
-    names = [rule.known.names.get(id(t)) for t in record.arguments]
-    graph, tensors = _read(rule, record.graph, names), rule.tensors()
+    graph, tensors = _read(rule, record.graph, record.arguments), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
 
     def call(function: Callable, *args, **kwargs) -> Any:
@@ -1963,7 +2009,13 @@ class _Anatomy:
         self.modules = dict(network.named_modules(remove_duplicate=False))
         self.parameters, self.buffers = dict(network.named_parameters()), dict(network.named_buffers())
         self.names = {id(t): name for name, t in (*self.buffers.items(), *self.parameters.items())}
+        self.statistics = {name: t for name, t in self.buffers.items() if self.of_normalisation(*name.rpartition("."))}
         self.parts = self.found()
+
+    def of_normalisation(self, path: str, _, name: str) -> bool:
+        owner, weight = self.modules[path], name.removesuffix("_u").removesuffix("_v")
+        spectral = type(owner).__name__ == "_SpectralNorm" or f"{weight}_orig" in owner._parameters
+        return name in STATISTICS or (spectral and name != weight)
 
     def found(self) -> list[int]:
         held = (parts for m in self.modules.values() for parts in (m._modules, m._parameters, m._buffers))
