@@ -137,7 +137,7 @@ class DistanceReport(TableReport):
                 "them anew"
             )
         compared = any(distance.quantity == GAP for distance in distances)
-        when = "" if compared else f", after {self.updates(shown)} updates"
+        when = "" if compared else f", {after(self.updates(shown))}"
         title = f"{shown.title}{when}{unusual_text(shown.runs)}"
         lines = make_lines(distances)
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
