@@ -343,7 +343,7 @@ class Slow(http.server.SimpleHTTPRequestHandler):
 
     def copyfile(self, source, outputfile):
         with contextlib.suppress(OSError):
-            while chunk := source.read(4096):
+            while chunk := source.read(512):
                 outputfile.write(chunk)
                 time.sleep(0.004)
 
