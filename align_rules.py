@@ -77,6 +77,7 @@ import textwrap
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -699,7 +700,8 @@ class DirectFeedbackAlignment(Rule):
             now[node] = draft.cut(layer, now) if layer else draft.again(node, now)
             if layer or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
                 inside.add(node)
-                if _operator(node) in ACTIVATIONS:
+                activation = node.args[0] if _operator(node) == "getitem" else node
+                if _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
                     end(node)
         draft.put_back(now)
         if result not in inside:
@@ -745,7 +747,7 @@ class DirectFeedbackAlignment(Rule):
         square, fed = ([t for t in ts if t.dim() > 1 < t.shape[0] == t.shape[1]] for ts in ([output, *ends], inputs))
         # Two signs that there are as many time steps as examples.
         in_doubt = any((t is output) + (t.dim() > 2) + bool(fed) > 1 for t in square)
-        if self.batch_dim is None and in_doubt:
+        if self.batch_dim is None and in_doubt and (self.given or not len(self.feedback)):
             told = f"which dimension of the output {tuple(output.shape)} counts the examples of the batch?"
             raise ValueError(f"{told} Say so: DirectFeedbackAlignment(..., batch_dim=...)")
         examples, *others = output.movedim(self.batch_dim or 0, 0).shape
@@ -1168,7 +1170,7 @@ class Graph:
         self.state = {place: node.args[1] for node, place in writes.items()}
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
-        self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f)]
+        self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f) and f.target is not torch.detach]
         held: set[fx.Node] = set()  # buffers that hold activities from one call to the next
         while True:
             self._read(known.statistics, activities, held)
@@ -1239,6 +1241,8 @@ class Graph:
     def require_proportional(self, layer: Layer) -> None:
         """Raise TypeError unless a layer's weight is one parameter, scaled, masked or rearranged."""
         node = layer.weight
+        if node.meta["val"].is_complex():
+            raise TypeError(f"noise finds real weights, not the complex ones of {', '.join(layer.names)}")
         while node.op != "placeholder":
             parts = [part for part in node.all_input_nodes if self.kinds[part] == WEIGHT and _flows(part)]
             if len(parts) != 1 or not (_rearranges(node) or _operator(node) in ("mul", "div")):
@@ -1281,10 +1285,12 @@ def _draws(node: fx.Node) -> bool:
 def _line(of: fx.Node | BaseException) -> str:
     """Where the network calls an operator, or what an error of torch is about."""
     trace = of.meta.get("stack_trace", "") if isinstance(of, fx.Node) else str(of)
-    lines = [line.strip() for line in trace.splitlines()] + ["a line that torch does not tell"]
+    lines = [line.strip() for line in trace.splitlines()]
     calls = [k for k, s in enumerate(lines) if s.startswith("File ") and "/torch/" not in s and __file__ not in s]
-    file = lines[calls[-1] if calls else -1].removeprefix("File ").split(", in ")[0]
-    return " ".join([file.replace('"', "").replace(", line ", ":"), *(lines[calls[-1] + 1 :][:1] if calls else [])])
+    if not calls:
+        return "a line that torch does not tell"
+    file = lines[calls[-1]].removeprefix("File ").split(", in ")[0]
+    return " ".join([file.replace('"', "").replace(", line ", ":"), *lines[calls[-1] + 1 :][:1]])
 
 
 # -------------------------------------------------------------------------------------------------- the graph: writing
@@ -1348,8 +1354,8 @@ class Draft:
             if self.graph.names[place] in initial:
                 values[place] = self.call(torch.clone, values[place])
         for node in self.graph.nodes:
-            if initial and _may_draw_inside(node):
-                _require_no_draw(node)
+            if initial and self.graph.kinds[node] == ACTIVITY:
+                _require_repeatable(node)
             if node not in values:
                 layer = self.graph.layers.get(node) if at_layer else None
                 values[node] = at_layer(layer, values) if layer else self.again(node, values)
@@ -1376,13 +1382,21 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def _require_no_draw(node: fx.Node) -> None:
-    names = [argument.name for argument in node.target._schema.arguments]
+def _require_repeatable(node: fx.Node) -> None:
+    """Raise TypeError for an activity of which an initial network would compute another kind of thing."""
+    names = [argument.name for argument in getattr(node.target, "_schema", aten.relu.default._schema).arguments]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("dropout_p") or given.get("training"):
+    if _may_draw_inside(node) and (given.get("dropout_p") or given.get("training")):
         raise TypeError(
             f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; set "
             "its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+    chosen = [part for part in given.get("indices") or () if part is not None and part.meta["val"].dtype == torch.bool]
+    by_value = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+    if chosen or (by_value and node.target is not aten.index.Tensor):
+        raise TypeError(
+            f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial network "
+            "others; use torch.where, or a mask that multiplies"
         )
 
 
@@ -1400,6 +1414,7 @@ _SETTINGS = torch._dynamo.config.patch(
 _FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.Function
 _INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 _COUNT = itertools.count()
+MANY = 16  # captures of networks of one kind, of which a user should know
 _LOCK = threading.RLock()  # one call at a time
 
 
@@ -1482,7 +1497,22 @@ def _entry(*_kind) -> Callable:
     """What networks of one kind are called through, so that they share captures, which end with the last of them."""
     # Dynamo keeps captures by code object, and what it knows of sizes by its name.
     code = _call_network.__code__.replace(co_name=f"network_{next(_COUNT)}")
-    return torch.compile(types.FunctionType(code, globals()), backend=_Capture, fullgraph=True)
+    function = types.FunctionType(code, {"__name__": __name__, "__builtins__": __builtins__})
+    entry = torch.compile(function, backend=_captured, fullgraph=True)
+    entry.captures = []
+    return entry
+
+
+def _captured(torch_graph: fx.GraphModule, example_inputs: list) -> Callable:
+    captures = _now.rule.entry.captures
+    captures.append(capture := _Capture(torch_graph))
+    if len(captures) == MANY:
+        warnings.warn(
+            f"{type(_now.rule.network).__name__} has been written down {MANY} times, each time for a second or more: a "
+            "number or list of Python, or a size, is another at every call; make it a tensor", stacklevel=_depth()
+        )  # fmt: skip
+    held = weakref.ref(capture)  # what Dynamo holds it never lets go
+    return lambda *arguments: held()(*arguments)
 
 
 def _call_network(network, inputs, keywords):
@@ -1493,7 +1523,7 @@ class _Capture:
     """What Dynamo calls in a network's place, with the tensors of the call: the graph of torch calls that it wrote
     down, made one of operators; `programs`, what rules have made of that."""
 
-    def __init__(self, torch_graph: fx.GraphModule, example_inputs: list):
+    def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
         self.programs, self.proved = {}, set()
 

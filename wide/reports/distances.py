@@ -39,15 +39,15 @@ class Line:
 def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float:
     """The exponent of the width (see distance_report.py), of a smooth activation function."""
     if quantity == GAP:
-        return -1.0
+        return -2.0
     return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
 
 
 # Of the figure: title and slope of theory.
 HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
 ACTIVITIES = "relative change of activities"
-ENDS = "relative change of weights, first layer and readout"
-BETWEEN = "relative change of weights, between hidden layers"
+ENDS = "relative change of first and last weights"
+BETWEEN = "relative change of hidden weights"
 
 
 def after(updates: int) -> str:
@@ -56,7 +56,7 @@ def after(updates: int) -> str:
 
 
 AFTER = [after(updates) for updates in (1, 10, 100, 1000)]
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((name, -1.0) for name in AFTER))
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((name, -2.0) for name in AFTER))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:
