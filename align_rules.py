@@ -1329,7 +1329,7 @@ class Draft:
     def cut(self, layer: Layer, values: Mapping) -> Any:
         """A layer's output, from which no error goes on to the layer's input."""
         if layer.recurrent:
-            return self.again(layer.node, values, feedback=self.call(torch.empty, 0))
+            return self.again(layer.node, values, feedback=self.call(aten.new_empty.default, values[layer.weight], [0]))
         return self.again(layer.node, values, {layer.position: self.call(sg, values[layer.activity])})
 
     def product(self, layer: Layer, values: Mapping) -> tuple:

@@ -16,7 +16,7 @@ import argparse
 import collections
 import contextlib
 import csv
-import gzip
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -24,7 +24,6 @@ import os
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import threading
@@ -43,7 +42,7 @@ import torch
 import alignment_add
 import train_add
 import wide.reports.figures  # noqa: F401  (here, so that no process pays for importing it)
-from setup_kmnist import KMNIST
+from setup_kmnist import KMNIST, write_idx
 from wide.command_line import main as run_command
 from wide.command_line import setup
 from wide.grids.alignment_experiments import scored
@@ -337,37 +336,31 @@ DAMAGES = {
 # ------------------------------------------------------------------------------------------------------------ downloads
 
 
-class Slow(http.server.BaseHTTPRequestHandler):
-    """Serves a small KMNIST, a little at a time."""
+class Slow(http.server.SimpleHTTPRequestHandler):
+    """Serves files a little at a time."""
 
-    files: dict[str, bytes]
     url: str
 
-    def do_GET(self):
-        content = self.files[self.path.rpartition("/")[2]]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+    def copyfile(self, source, outputfile):
         with contextlib.suppress(OSError):
-            for start in range(0, len(content), 4096):
-                self.wfile.write(content[start : start + 4096])
+            while chunk := source.read(512):
+                outputfile.write(chunk)
                 time.sleep(0.004)
 
     def log_message(self, *_):
         pass
 
 
-def serve() -> int:
-    """Start the server in a process of its own, whose number is returned."""
-    stream, files = np.random.RandomState(0), {}
-    for part, count in (("train", 60), ("t10k", 20)):
-        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
-            data = stream.randint(0, 10, shape).astype(np.uint8).tobytes()
-            files[f"{part}-{kind}-ubyte.gz"] = gzip.compress(header + data, mtime=0)
-    KMNIST.md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    Slow.files, Slow.url = files, f"http://127.0.0.1:{server.server_port}/"
+def serve(folder: Path) -> int:
+    """Write a small KMNIST and serve it in a process of its own, whose number is returned."""
+    stream = np.random.RandomState(0)
+    for names, count in ((KMNIST.train_files, 60), (KMNIST.test_files, 20)):
+        for name, shape in zip(names, ((count, 28, 28), (count,)), strict=True):
+            write_idx(folder / name, stream.randint(0, 10, shape))
+    KMNIST.md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    handler = functools.partial(Slow, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Slow.url = f"http://127.0.0.1:{server.server_port}/"
     os.environ["no_proxy"] = "127.0.0.1"
     if process := os.fork():
         server.server_close()
@@ -385,8 +378,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     arguments = parser.parse_args()
-    server = serve()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as served:
+        server = serve(Path(served))
         faults, start = Faults(Path(place), arguments.seed), time.monotonic()
         print("| check | outcomes |\n|---|---|")
         try:

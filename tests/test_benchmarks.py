@@ -59,8 +59,8 @@ def test_the_benchmark_runs(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
 def test_the_same_steps_in_tensorflow():
     tensorflow = steps.Neighbour("tensorflow_steps.py", threads=1)
-    for dataset, rule in (("kmnist", "align_ada"), ("kmnist", "dfa"), ("add", "align_ada")):
-        step = steps.Step(steps.Setting(dataset, rule, 4, "fp32"), torch.device("cpu"))
+    for rule in ("align_ada", "dfa"):  # the Add task: below
+        step = steps.Step(steps.Setting("kmnist", rule, 4, "fp32"), torch.device("cpu"))
         assert tensorflow.seconds(steps.request(step)) > 0
     tensorflow.close()
 

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from comparing import assert_same
 from running import ROOT, Script, script
 from small_data import made_up, write_kmnist
 
@@ -72,14 +71,6 @@ def test_log_alignment(kmnist, tmp_path):
     assert script("alignment_kmnist.py", 1, "--log-alignment").returncode == 2  # its networks N learn by backprop
 
 
-def test_train_kmnist_2_draws_learning_rates(kmnist, tmp_path):
-    arguments = tiny(kmnist, tmp_path, "--rules", "backprop", "--learning-rates", 0.5, 1, 2)
-    done = script("train_kmnist.py", 2, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "| rule | lr 0.5 | lr 1 | lr 2 |" in done.stdout
-    assert (tmp_path / "kmnist" / "experiment_2.png").exists()
-
-
 @pytest.mark.parametrize("variant", ["published", "corrected"])
 def test_train_add_end_to_end(tmp_path, variant):
     rules = [rule for rule in RULES if rule != "dfa"]
@@ -95,12 +86,6 @@ def test_train_add_end_to_end(tmp_path, variant):
     assert RunFolder(tmp_path, run).metrics_path.read_text().startswith("epoch,train_loss,test_loss,seconds\n")
 
 
-def test_the_default_experiment_is_the_first(tmp_path):
-    done = script("train_add.py", "--list", "--outputs", tmp_path)
-    assert done.returncode == 0
-    assert "40 runs of 200 epochs: 0 done, 40 to train" in done.stdout
-
-
 def test_list_shows_states_and_trains_nothing(kmnist, tmp_path):
     short = tiny(kmnist, tmp_path, "--rules", "backprop")
     assert script("train_kmnist.py", 1, *short, "--epochs", 1).returncode == 0
@@ -112,24 +97,6 @@ def test_list_shows_states_and_trains_nothing(kmnist, tmp_path):
     assert lines[1].startswith("missing ")
     assert lines[-1] == "2 runs of 2 epochs: 0 done, 2 to train"
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_killed_and_started_again(kmnist, tmp_path):
-    """SIGKILL in the middle, then the same command: the same metrics and parameters as without the kill."""
-    rule = "align_ada"
-    options = ["--rules", rule, "--widths", 8, "--learning-rates", 1, "--epochs", 12, "--batch-size", 50]
-    run = Run("kmnist", "cnn", rule, 8, 1.0, 99, 50)
-    whole, killed = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "killed", run)
-    command = [1, *options, "--data-dir", kmnist, "--outputs"]
-    assert script("train_kmnist.py", *command, tmp_path / "whole").returncode == 0
-    process = Script("train_kmnist.py", *command, tmp_path / "killed")
-    while len(killed.rows()) < 3 and not process.ended():
-        time.sleep(0.002)
-    process.send(signal.SIGKILL)
-    process.finished()
-    assert 3 <= len(killed.rows()) < 12
-    assert script("train_kmnist.py", *command, tmp_path / "killed").returncode == 0
-    assert_same(whole, killed)
 
 
 def test_interrupt_says_how_to_go_on(kmnist, tmp_path):
@@ -262,14 +229,6 @@ def test_help_explains_each_experiment():
         assert done.returncode == 0
         assert "\n  1  " in done.stdout
     assert "\n  2  accuracy against learning rate" in done.stdout
-
-
-def test_other_data_under_the_same_outputs(kmnist, tmp_path):
-    assert script("train_kmnist.py", 1, *tiny(kmnist, tmp_path, "--rules", "backprop")).returncode == 0
-    write_kmnist(tmp_path / "data", *made_up(300, (28, 28), seed=7), *made_up(60, (28, 28), seed=8))
-    done = script("train_kmnist.py", 1, *tiny(tmp_path / "data", tmp_path, "--rules", "backprop", "--epochs", 3))
-    assert done.returncode == 2
-    assert "use another --outputs" in done.stderr
 
 
 def test_runs_kept_without_a_checkpoint_are_left_alone(kmnist, tmp_path):

@@ -41,10 +41,9 @@ def main(
     """
     parser = build_parser(description, subject, experiments)
 
-    def command(arguments: argparse.Namespace) -> Failures:
+    def command(arguments: argparse.Namespace) -> Failures | None:
         if arguments.files:
-            print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
-            return []
+            return print(score_files(subject, tuple(arguments.files), arguments.shuffle_seed))
         keep_memory()
         options = as_options(arguments, subject)
         return run(Study.of(subject, experiments, options, Machine.chosen(options)))
@@ -58,10 +57,10 @@ def main(
         return leave(status)
 
 
-def exit_status(program: str, command: Callable[[], Failures]) -> int:
-    """Run a command that returns what failed, and say in a line what went wrong."""
+def exit_status(program: str, command: Callable[[], Failures | None]) -> int:
+    """Run a command that returns what failed, if anything, and say in a line what went wrong."""
     try:
-        failures = command()
+        failures = command() or []
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -152,7 +151,7 @@ def build_parser(description: str, subject: Subject, experiments: Mapping[int, E
     add("--list", action="store_true", help="print the runs and their state; train nothing")
     evaluated = "measure finished runs again, from what they kept, and compare with metrics.csv; train nothing"
     add("--evaluate", action="store_true", help=evaluated)
-    add("--report", action="store_true", help="make table and figure of what is there; train nothing")
+    add("--report", action="store_true", help="make table and figure from the runs that are there; train nothing")
     add("--quick", action="store_true", help="a small grid with few epochs, for a first look in a minute or two")
     return parser
 
@@ -164,7 +163,7 @@ def _add_grid(parser: argparse.ArgumentParser, subject: Subject) -> None:
         "widths": {"type": positive_int, "metavar": "N"},
         "learning_rates": {"type": positive_float, "metavar": "LR"},
         "seeds": {"type": seed, "metavar": "SEED"},
-        "data_limits": {"type": positive_int, "metavar": "IMAGES", "help": "use so many training images"},
+        "data_limits": {"type": positive_int, "metavar": "IMAGES", "help": "train on this many of the images"},
     }
     for axis in subject.axes:
         grid.add_argument(f"--{axis.replace('_', '-')}", nargs="+", **options[axis])
@@ -176,11 +175,11 @@ def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
         every = "evaluate on validation and test images after every N epochs and the last (default 1, as published)"
         add("--evaluate-every", type=positive_int, default=1, metavar="N", help=every)
     if not subject.scored:
-        logged = "in each run that is trained, keep angles between the rule's gradients and backprop's in angles.csv"
+        logged = "write angles between the rule's gradients and backprop's to angles.csv in each run that is trained"
         add("--log-alignment", action="store_true", help=logged)
         return
     kept = "keep the parameters of these epochs (default: the initial and the scored ones); without a value, none"
-    shuffled = "shuffle the control with this seed (default %(default)s); others need kept parameters, or keep them"
+    shuffled = "shuffle the control with this seed (default %(default)s); another needs kept parameters, or keeps them"
     files = "print the scores of a pair of networks from the files of three state_dicts; train nothing"
     add(
         "--score-epochs",
@@ -196,11 +195,11 @@ def _add_records(parser: argparse.ArgumentParser, subject: Subject) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
     add = parser.add_argument
-    add("--epochs", type=positive_int, help="train for this many (runs that went on longer are read up to there)")
+    add("--epochs", type=positive_int, help="how many epochs to train (of longer runs the first ones are shown)")
     add("--batch-size", type=positive_int, help=f"examples in a batch (default {subject.batch_size})")
-    decay = "decay all weights so (L2; default: none, except kolen_pollack 1e-4)"
+    decay = "weight decay of every rule (L2; default: none, of kolen_pollack 1e-4)"
     add("--weight-decay", type=non_negative, metavar="D", help=decay)
-    centred = "take the initial function away from outputs: f - f0, with every rule (not in the paper)"
+    centred = "subtract the initial network's outputs: f - f0, with every rule (not in the paper)"
     add("--centred", action="store_true", help=centred)
     add(
         "--network",
@@ -208,7 +207,7 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
         help=f"kind of network (default {subject.networks[0]}; --quick may choose another)",
     )
     if subject.variants:
-        default = "with the published code's faults, or without (default %(default)s; docs/differences.md)"
+        default = "with the published code's errors, or without (default %(default)s; docs/differences.md)"
         add("--variant", choices=subject.variants, default=subject.variants[0], help=default)
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU where there is one)")
     same = "use only algorithms that give the same numbers every time, on GPUs too; slower, and some have none"
@@ -221,9 +220,9 @@ def _add_settings(parser: argparse.ArgumentParser, subject: Subject) -> None:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="how precisely (default: tf32 on a GPU that has it, else fp32)",
+        help="number format of the arithmetic (default: tf32 on a GPU that has it, else fp32)",
     )
-    add("--data-dir", type=Path, help=f"where the data are, or go (default {subject.data_dir})")
+    add("--data-dir", type=Path, help=f"where the data are, or are put (default {subject.data_dir})")
 
 
 def _add_placing(parser: argparse.ArgumentParser) -> None:
@@ -234,27 +233,27 @@ def _add_placing(parser: argparse.ArgumentParser) -> None:
         "--runs-per-gpu",
         type=positive_int,
         metavar="N",
-        help="with --parallel, train so many at once on each GPU (default 1)",
+        help="with --parallel, how many runs at once on each GPU (default 1)",
     )
     add(
         "--threads-per-run",
         type=positive_int,
         metavar="N",
-        help="with --parallel, give each so many threads (default 1)",
+        help="with --parallel, threads of each run (default 1)",
     )
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     """How a step is made up, where several processes may train one run."""
-    share = "make a step of N batches of --batch-size, each normalised by itself (default: one per process)"
-    whole = "normalise the batches of all processes as one; N processes equal one with N times --batch-size"
+    share = "make each step from N batches of --batch-size, each normalised by itself (default: one per process)"
+    whole = "normalise the batches of all processes as one: N processes train as one with N times --batch-size"
     parser.add_argument("--batches-per-step", type=positive_int, metavar="N", help=share)
     parser.add_argument("--sync-normalisation", action="store_true", help=whole)
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     """Of images from files."""
-    loaders = "load images with so many processes (default: one per core)"
+    loaders = "how many processes load images (default: one per core)"
     parser.add_argument("--workers", type=epoch_number, metavar="N", help=loaders)
     profile = "measure images per second of the grid's first run; train nothing"
     parser.add_argument("--profile", action="store_true", help=profile)
@@ -316,13 +315,8 @@ def carry_out(
     Returns:
         The exit status: 0, or 2 after a one-line message on stderr.
     """
-
-    def whole() -> Failures:
-        command(parser.parse_args(argv))
-        return []
-
     with lasting():
-        return exit_status(parser.prog, whole)
+        return exit_status(parser.prog, lambda: command(parser.parse_args(argv)))
 
 
 class Parser(argparse.ArgumentParser):

@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_changes():
         normal, align = (network.blocks[number - 1].layer for network in (pair.network, pair.align))
         of_a = (align.weight - initial).detach()
         for kind, weight in (("score", normal.weight), ("control", mixed[number - 1])):
-            assert metrics[f"{kind}_{number}"] == exact_score(normal, (weight - initial).detach(), of_a, size).value
+            assert metrics[f"{kind}_{number}"] == exact_score(normal, (weight - initial).detach(), of_a, size)
     assert AlignmentScores((8, 8), epochs=[2])(pair, 1) == dict.fromkeys(metrics)
 
 

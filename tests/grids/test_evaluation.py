@@ -49,8 +49,8 @@ def test_finished_runs_are_met_exactly(kmnist, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     done = evaluated(kmnist, finished)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| met, exactly |") == 2 * len(RULES)
-    assert "3 of 3 runs measured, 0 not met" in done.stdout
+    assert done.stdout.count("| agrees exactly |") == 2 * len(RULES)
+    assert "3 of 3 runs measured, 0 of them not as recorded" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
@@ -77,7 +77,7 @@ def test_evaluated_now_and_then_it_trains_the_same(kmnist, finished, tmp_path):
     assert early.stderr.count("\n") == 1
     assert "after epoch 3, as --evaluate-every leaves it; ask for --epochs 2 or 4 or 5" in early.stderr
     again = script("train_kmnist.py", 1, *options(kmnist, tmp_path, "--rules", "align_ada", "--evaluate"))
-    assert again.stdout.count("| met, exactly |") == 2
+    assert again.stdout.count("| agrees exactly |") == 2
 
 
 def assert_same_parameters(mine, other):
@@ -122,10 +122,10 @@ def test_a_changed_number_is_told(kmnist, outputs):
     assert done.returncode == 1
     assert "its rows are not those that checkpoint.pt was saved with" in done.stderr
     assert done.stderr.count("failed") == 1
-    assert done.stdout.count("| met, exactly |") == 2 * (len(RULES) - 1)
+    assert done.stdout.count("| agrees exactly |") == 2 * (len(RULES) - 1)
 
 
-def test_a_number_changed_in_the_checkpoint_too_is_not_met(kmnist, outputs):
+def test_a_number_changed_in_the_checkpoint_too_is_told(kmnist, outputs):
     folder = outputs / "kmnist" / NAME.format("align_ada")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     del checkpoint[DIGEST]
@@ -133,7 +133,7 @@ def test_a_number_changed_in_the_checkpoint_too_is_not_met(kmnist, outputs):
     torch.save(sealed(checkpoint), folder / "checkpoint.pt")
     done = evaluated(kmnist, outputs)
     assert done.returncode == 1
-    assert done.stdout.count("NOT met") == 1
+    assert done.stdout.count("DIFFERS") == 1
     assert "it differs from metrics.csv in test_accuracy" in done.stderr
     assert done.stderr.count("failed") == 1
 
@@ -148,7 +148,7 @@ def test_what_is_not_kept_and_other_data(kmnist, outputs, tmp_path):
     assert any("backprop" in line and "not kept" in line for line in lines)
     assert any("align_ada" in line and "missing" in line for line in lines)
     assert sum("weight_mirror" in line and "other data" in line for line in lines) == 2
-    assert "met |" not in done.stdout
+    assert "agrees" not in done.stdout
 
 
 def test_nothing_to_measure_is_an_error(kmnist, tmp_path):
@@ -175,17 +175,17 @@ def test_add_and_kept_parameters_of_a_pair(tmp_path):
         assert script(name, 1, *small, "--epochs", 2, *(["--keep-parameters", 0, 2] * (name[0] == "a"))).returncode == 0
     done = script("train_add.py", 1, *small, "--evaluate")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("met, exactly") == 8  # four rules, two losses
+    assert done.stdout.count("agrees exactly") == 8  # four rules, two losses
     for path in tmp_path.rglob("checkpoint.pt"):
         path.unlink()
     done = script("alignment_add.py", 1, *small, "--evaluate")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("met, exactly") == 4  # two losses, score and control
+    assert done.stdout.count("agrees exactly") == 4  # two losses, score and control
     assert script("train_add.py", 1, *small, "--evaluate").returncode == 2
 
 
 @pytest.mark.parametrize(
-    ("metric", "recorded", "measured", "met"),
+    ("metric", "recorded", "measured", "agrees"),
     [
         ("test_accuracy", 0.5, 0.5009, True),
         ("test_accuracy", 0.5, 0.5011, False),
@@ -195,5 +195,5 @@ def test_add_and_kept_parameters_of_a_pair(tmp_path):
         ("test_loss", 1.0, float("nan"), False),
     ],
 )
-def test_tolerance(metric, recorded, measured, met):
-    assert Comparison(metric, recorded, measured, 0.001).met == met
+def test_tolerance(metric, recorded, measured, agrees):
+    assert Comparison(metric, recorded, measured, 0.001).agrees == agrees

@@ -5,6 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+import train_add
+import train_cifar
+import train_imagenet
+import train_kmnist
 from train_cifar import EXPERIMENTS, SUBJECT
 from wide.command_line import as_options, build_parser, parse
 from wide.grids.experiments import beside
@@ -20,6 +24,31 @@ def planned(*words):
     arguments = parse(build_parser("", SUBJECT, EXPERIMENTS), EXPERIMENTS, words)
     machine = Machine(torch.device("cpu"), "fp32")
     return Study.of(SUBJECT, EXPERIMENTS, as_options(arguments, SUBJECT), machine).runs
+
+
+# Rules, widths, learning rates, seeds, numbers of images; epochs.
+PAPERS = {
+    train_add: {1: (4, 10, 1, 1, 1, 200)},
+    train_kmnist: {1: (6, 7, 3, 1, 1, 100), 2: (6, 2, 9, 1, 1, 100)},
+    train_cifar: {
+        1: (6, 7, 3, 1, 1, 150),
+        2: (6, 2, 9, 1, 1, 150),
+        3: (3, 7, 10, 1, 1, 150),
+        4: (5, 7, 3, 1, 7, 150),
+        5: (1, 7, 3, 1, 1, 150),
+        6: (5, 1, 3, 5, 1, 150),
+        7: (3, 7, 3, 5, 1, 1),
+    },
+    train_imagenet: {1: (5, 1, 1, 1, 1, 300)},
+}
+
+
+def test_grids_are_the_papers():
+    for module, sizes in PAPERS.items():
+        for number, expected in sizes.items():
+            e = module.EXPERIMENTS[number]
+            axes = (e.rules, e.widths, e.learning_rates, e.seeds, e.data_limits)
+            assert (*map(len, axes), e.epochs) == expected, (module.__name__, number)
 
 
 def test_all_rules_at_a_small_width_come_first():

@@ -204,14 +204,6 @@ def test_damaged_checkpoints_are_no_fresh_start(task, tmp_path, damage):
     assert len(folder.rows()) == 1
 
 
-def test_damaged_config(task, tmp_path):
-    folder = RunFolder(tmp_path, RUN)
-    train(task, folder, 1)
-    folder.config_path.write_text("{")
-    with pytest.raises(UserError, match=r"config.json is damaged .*delete"):
-        train(task, folder, 2)
-
-
 @pytest.mark.parametrize(
     "text",
     ["abc,def\n", "epoch,train_loss,test_loss,seconds\n1,1.5,x,0.1\n", "epoch,train_loss,test_loss,seconds\n2,1,1,1\n"],
@@ -250,14 +242,6 @@ def test_a_run_without_its_config_is_not_continued(task, tmp_path):
         train(task, folder, 2)
 
 
-def test_a_checkpoint_of_something_else(task, tmp_path):
-    folder = RunFolder(tmp_path, RUN)
-    train(task, folder, 1)
-    torch.save({"epoch": 1}, folder.checkpoint_path)
-    with pytest.raises(UserError, match=r"checkpoint.pt is damaged .*delete"):
-        train(task, folder, 2)
-
-
 def test_one_process_at_a_time(task, tmp_path):
     folder = RunFolder(tmp_path, RUN)
     with folder.locked(), pytest.raises(Busy):
@@ -272,17 +256,6 @@ def test_checkpoints_load_without_unpickling_code(task, tmp_path):
     state = torch.load(folder.checkpoint_path, weights_only=True)
     assert {"epoch", "rule", "optimizer", "stream", "run", "metrics", "digest"} == state.keys()
     assert any(name.startswith("initial.") for name in state["rule"])
-
-
-@pytest.mark.parametrize("rule", ["backprop", "last_layer", "fa", "align_prop", "align_ada", "align_zero"])
-def test_restored_training_continues_to_the_same_numbers(task, rule):
-    run = Run("add", "rnn", rule, 8, 0.001, 99, 50, variant="corrected")
-    whole, first, second = (Training(task, run) for _ in range(3))
-    rows = [whole.train_epoch() for _ in range(3)]
-    first.train_epoch()
-    second.restore(first.state())
-    assert second.train_epoch()["test_loss"] == rows[1]["test_loss"]
-    assert second.train_epoch()["train_loss"] == rows[2]["train_loss"]
 
 
 def test_streams_survive_packing():

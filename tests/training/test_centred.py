@@ -104,4 +104,4 @@ def test_runs_of_both_kinds_stand_beside_each_other(kmnist, tmp_path, capsys):
     assert centred.name == f"{plain.name}-centred"
     assert "centred" not in (plain / "config.json").read_text()
     assert (plain / "metrics.csv").read_text() != (centred / "metrics.csv").read_text()
-    assert printed("--centred", "--evaluate").count("| met, exactly |") == 2
+    assert printed("--centred", "--evaluate").count("| agrees exactly |") == 2

@@ -51,10 +51,10 @@ def options(folders, outputs, *more):
             "--data-dir", folders, "--outputs", outputs, *more]  # fmt: skip
 
 
-def rows(outputs, rule, epochs=None):
+def rows(outputs, rule):
     (path,) = outputs.glob(f"imagenet/cnn-{rule}-*/metrics.csv")
     with open(path) as file:
-        return list(csv.DictReader(file))[:epochs]
+        return list(csv.DictReader(file))
 
 
 def final_parameters(outputs, rule):
@@ -63,12 +63,6 @@ def final_parameters(outputs, rule):
 
 
 # ------------------------------------------------------------------------------------------------------------- images
-
-
-def test_the_paper_s_experiment():
-    experiment = EXPERIMENTS[1]
-    assert (experiment.widths, experiment.learning_rates, experiment.epochs) == ((512,), (5,), 300)
-    assert set(experiment.rules) == {"backprop", "align_ada", "dfa", "fa", "align_zero"}
 
 
 def test_images_depend_on_the_seed_of_their_key_alone(folders):
@@ -218,17 +212,6 @@ def test_more_than_one_unreadable_image_in_a_thousand_is_an_error(thousand):
         list(Training(FolderTask(thousand, STRIDES, CPU, 0), RUN).steps())
 
 
-def test_a_run_that_fails_in_an_epoch_does_not_stop_the_others(thousand, tmp_path):
-    for name in ("0.jpg", "1.jpg"):
-        spoil(thousand / "train" / "blue" / name)
-    rules = ["last_layer", "backprop"]
-    done = script("train_imagenet.py", 1, *options(thousand, tmp_path / "outputs", "--rules", *rules))
-    assert done.returncode == 1
-    for rule in rules:
-        assert f"cnn-{rule}-width4-lr0.5-seed99-batch10: failed: 2 of 1000 images cannot be read" in done.stdout
-    assert done.stderr.count("\nfailed: ") == 2
-
-
 def test_batches_that_cannot_be_read_are_left_out(thousand):
     """Of a batch of two without one, nothing is left that could be normalised."""
     task = FolderTask(thousand, STRIDES, CPU, 0)
@@ -321,21 +304,20 @@ def test_shapes_are_drawn_once(tmp_path, monkeypatch):
 
 
 def test_it_learns_through_the_script(folders, tmp_path):
-    rules = ("backprop", "align_ada")
-    arguments = options(folders, tmp_path, "--widths", 16, "--epochs", 6, "--rules", *rules)
-    done = script("train_imagenet.py", 1, *arguments)
+    done = script(
+        "train_imagenet.py", 1, *options(folders, tmp_path, "--widths", 16, "--epochs", 6, "--rules", "align_ada")
+    )
     assert done.returncode == 0, done.stderr
     assert "# ImageNet: accuracy, top-1 and top-5" in done.stdout
     assert (tmp_path / "imagenet" / "experiment_1.png").stat().st_size > 5000
-    for rule in rules:
-        first, *_, last = rows(tmp_path, rule)
-        assert list(first) == [
-            "epoch", "train_loss", "train_accuracy", "train_top_5_accuracy",
-            "validation_accuracy", "validation_top_5_accuracy", "unreadable", "seconds",
-        ]  # fmt: skip
-        assert float(last["train_loss"]) < 0.9 * float(first["train_loss"]), rule
-        assert float(last["validation_top_5_accuracy"]) == 1  # there are two classes
-        assert max(float(row["validation_accuracy"]) for row in rows(tmp_path, rule)) > 0.75, rule
+    first, *_, last = found = rows(tmp_path, "align_ada")
+    assert list(first) == [
+        "epoch", "train_loss", "train_accuracy", "train_top_5_accuracy",
+        "validation_accuracy", "validation_top_5_accuracy", "unreadable", "seconds",
+    ]  # fmt: skip
+    assert float(last["train_loss"]) < 0.9 * float(first["train_loss"])
+    assert float(last["validation_top_5_accuracy"]) == 1  # there are two classes
+    assert max(float(row["validation_accuracy"]) for row in found) > 0.75
 
 
 def test_alignment_is_scored_in_two_processes_as_in_one(folders, tmp_path):

@@ -41,8 +41,8 @@ def layer_scores(
     for number, (name, control) in enumerate(zip(layers, mixed, strict=True), start=1):
         initial, normal, align = (part[f"{name}.weight"] for part in parameters)
         for kind, weight in (("score", normal), ("control", control)):
-            score = exact_score(network.get_submodule(name), weight - initial, align - initial, sizes[name])
-            scores[f"{kind}_{number}"] = score.value if score else None
+            changes = weight - initial, align - initial
+            scores[f"{kind}_{number}"] = exact_score(network.get_submodule(name), *changes, sizes[name])
     return scores
 
 

@@ -7,8 +7,8 @@ V be C with the weight change of the "normal" network, A be C with that of the "
     score = E<Pz, Qz> / sqrt(E<Pz, Pz> E<Qz, Qz>) = tr(PQ) / (|P| |Q|) = |V A'|^2 / (|V V'| |A A'|),
 
 with z standard normal of the layer's input shape and Frobenius norms (Boopathy & Fiete, ICML 2022). It is 1 for changes
-that are equal up to a factor. `sampled_score` estimates the expectations from draws of z, as published;
-`exact_score` has them in closed form.
+that are equal up to a factor. The published code estimates the expectations from draws of z
+(benchmarks/alignment_score.py); here they are in closed form.
 
 The closed form. At output position p, tap k of a convolution with stride s reads input pixel p s + k - b, with b the
 padding before the image. Hence
@@ -22,35 +22,14 @@ and columns, and vanish unless k - m = l - n (equally, k - l = m - n), so that o
 dealt with at a time. A dense layer is a convolution with one tap on one pixel.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from wide.models.networks import Convolution, Dense, activity_shapes, same_padding
 
 # (rows, columns) of a shift, and the weights of the products of taps with that shift
 Shifts = list[tuple[tuple[int, int], Tensor]]
-
-
-class Draws(NamedTuple):
-    """How the score is sampled: `count` batches of `batch` inputs z each, from a generator on the changes' device."""
-
-    count: int = 100
-    batch: int = 100
-    generator: torch.Generator | None = None
-
-
-PUBLISHED_DRAWS = Draws()
-
-
-class Score(NamedTuple):
-    """An alignment score, in [0, 1], and its standard error."""
-
-    value: float
-    standard_error: float
 
 
 def input_sizes(network: nn.Module, image_size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -84,80 +63,11 @@ def _shuffle(stream: np.random.RandomState, weight: Tensor) -> Tensor:
     return entries.permute(-1, -2, *range(weight.dim() - 2))
 
 
-# ---------------------------------------------------------------------------------------------------------- by sampling
-
-
-def sampled_score(
-    layer: nn.Module,
-    delta_normal: Tensor,
-    delta_align: Tensor,
-    input_size: tuple[int, ...] = (),
-    draws: Draws = PUBLISHED_DRAWS,
-) -> Score | None:
-    """The score estimated as published, with draws of z put through the layer's own forward pass and its transpose.
-
-    The expectations are means over all draws; the standard error is the jackknife's over the single z.
-
-    Args:
-        layer, delta_normal, delta_align, input_size: as for `exact_score`.
-        draws: of z, two inputs at least in all.
-
-    Returns:
-        The score, or None as for `exact_score`.
-
-    Raises:
-        TypeError, ValueError: as for `exact_score`; ValueError also for fewer than two inputs.
-    """
-    _check(layer, delta_normal, delta_align, input_size)
-    if draws.count * draws.batch < 2:
-        raise ValueError(
-            f"a standard error needs at least two inputs, not {draws.count} draws of a batch of {draws.batch}"
-        )
-    like = {"device": delta_normal.device, "dtype": delta_normal.dtype}
-    shape = (draws.batch, layer.weight.shape[1], *input_size)
-    deltas, products = [_scaled(delta.detach()) for delta in (delta_normal, delta_align)], []
-    for _ in range(draws.count):
-        inputs = torch.randn(shape, generator=draws.generator, **like)
-        P, Q = (_there_and_back(layer, delta, inputs) for delta in deltas)
-        products.append(torch.stack([_products_per_input(*pair) for pair in ((P, Q), (P, P), (Q, Q))]))
-    return _jackknife(torch.cat(products, 1).cpu())
-
-
-def _there_and_back(layer: nn.Module, delta: Tensor, inputs: Tensor) -> Tensor:
-    """C'(C(z)), as the gradient of |C(z)|^2/2, C being the layer with weight `delta`.
-
-    In NTK parameterisation the layer also scales by a constant, which the score does not see.
-    """
-    inputs = inputs.requires_grad_()
-    parameters = {name: delta.new_zeros(parameter.shape) for name, parameter in layer.named_parameters()}
-    with torch.enable_grad():
-        outputs = functional_call(layer, parameters | {"weight": delta}, (inputs,))
-    return torch.autograd.grad(outputs, inputs, outputs.detach())[0]
-
-
-def _products_per_input(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).flatten(1).sum(1, dtype=torch.float64)
-
-
-def _jackknife(products: Tensor) -> Score | None:
-    """The score from (3, inputs): <Pz, Qz>, <Pz, Pz> and <Qz, Qz> of every input z."""
-    total = products.sum(1, keepdim=True)
-    if not _defined(*total[1:].flatten().tolist()):
-        return None
-    count = products.shape[1]
-    without = _cosine(*(total - products))
-    variance = (count - 1) * (without - without.mean()).square().mean()
-    return Score(_cosine(*total).item(), variance.sqrt().item())
-
-
-# ------------------------------------------------------------------------------------------------------- in closed form
-
-
 @torch.no_grad()
 def exact_score(
     layer: nn.Module, delta_normal: Tensor, delta_align: Tensor, input_size: tuple[int, ...] = ()
-) -> Score | None:
-    """The score in closed form (module docstring), in float64 throughout.
+) -> float | None:
+    """The score, in [0, 1], in closed form (module docstring), in float64 throughout.
 
     For the state's weights of a recurrent network, P = dW dW' with s_t = s_{t-1} W_hh on row vectors. `Recurrence`
     stores D = W_hh', so that P = D'D: the same input side as everywhere, and no case of its own.
@@ -168,8 +78,7 @@ def exact_score(
         input_size: (rows, columns) of a convolution's input; () for a dense layer.
 
     Returns:
-        The score, with a standard error of 0; None where it is undefined, because one of the changes does nothing to
-        any input (at epoch 0) or is not finite.
+        None where it is undefined, because one of the changes does nothing to any input (at epoch 0) or is not finite.
 
     Raises:
         TypeError: another kind of layer.
@@ -186,7 +95,9 @@ def exact_score(
         traces = _traces_by_inputs(normal, align, by_inputs)
     else:
         traces = _traces_by_outputs(normal, align, by_outputs)
-    return Score(_cosine(*traces).item(), 0.0) if _defined(*traces[1:].tolist()) else None
+    PQ, PP, QQ = traces
+    defined = PP > 0 and QQ > 0  # not so for NaN
+    return (PQ / (PP.sqrt() * QQ.sqrt())).item() if defined else None
 
 
 def _taps(delta: Tensor) -> Tensor:
@@ -273,20 +184,9 @@ def _form(weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (weights * (left @ right.T)).sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------- both
-
-
-def _cosine(PQ: Tensor, PP: Tensor, QQ: Tensor) -> Tensor:
-    return PQ / (PP.sqrt() * QQ.sqrt())
-
-
 def _scaled(delta: Tensor) -> Tensor:
     """By its largest entry, so that fourth powers neither underflow nor overflow; NaN where zero or not finite."""
     return delta / delta.abs().max()
-
-
-def _defined(PP: float, QQ: float) -> bool:
-    return PP > 0 and QQ > 0  # not so for NaN
 
 
 def _check(layer: nn.Module, delta_normal: Tensor, delta_align: Tensor, input_size: tuple[int, ...]) -> None:

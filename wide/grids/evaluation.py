@@ -6,7 +6,7 @@ batches must be the same: their order comes from the run's stream, which is repl
 (What is averaged over an epoch's training, such as an image run's train_loss, cannot be measured afterwards.)
 
 On the machine and with the number of threads of the training the numbers are the same to the last bit. Elsewhere sums
-are rounded otherwise, so a recorded number is met within TOLERANCES.
+are rounded otherwise, so a recorded number agrees within TOLERANCES.
 """
 
 import dataclasses
@@ -39,20 +39,20 @@ class Comparison:
     tolerance: float
 
     @property
-    def met(self) -> bool:
-        if math.isnan(self.recorded) or math.isnan(self.measured):
-            return math.isnan(self.recorded) and math.isnan(self.measured)
-        scale = abs(self.recorded) if self.metric.endswith("loss") else 1.0
-        return self.recorded == self.measured or abs(self.recorded - self.measured) <= self.tolerance * scale
+    def agrees(self) -> bool:
+        tolerance = "rel_tol" if self.metric.endswith("loss") else "abs_tol"
+        allowed = {"rel_tol": 0, tolerance: self.tolerance}
+        both_nan = math.isnan(self.recorded) and math.isnan(self.measured)
+        return both_nan or math.isclose(self.recorded, self.measured, **allowed)
 
     @property
     def text(self) -> str:
-        verdict = "met" if self.met else "NOT met"
-        return f"{verdict}, exactly" if self.recorded == self.measured else verdict
+        verdict = "agrees" if self.agrees else "DIFFERS"
+        return f"{verdict} exactly" if self.recorded == self.measured else verdict
 
 
 def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
-    """Print a table of every run of the grid; return those whose metrics.csv is not met, with the reason.
+    """Print a table of every run of the grid; return those whose metrics.csv differs, with the reason.
 
     Raises:
         UserError: several processes; no run of the grid can be measured; missing data.
@@ -78,7 +78,7 @@ def evaluate(study: Study) -> list[tuple[RunFolder, str]]:
             reason = str(error)
         if reason:
             failures.append((folder, reason))
-    print(f"{len(kept)} of {counted(len(study.folders), 'run')} measured, {len(failures)} not met")
+    print(f"{len(kept)} of {counted(len(study.folders), 'run')} measured, {len(failures)} of them not as recorded")
     return failures
 
 
@@ -88,7 +88,7 @@ def keeps_any(folder: RunFolder) -> bool:
 
 
 def _evaluate_one(study: Study, task: Task, folder: RunFolder) -> str | None:
-    """Print a run's lines; return why it is not met."""
+    """Print a run's lines; return what differs."""
     comparisons, epoch = compare(study, task, folder)
     trained_on = folder.config().get("run", {}).get("data")
     same = trained_on == task.fingerprint
@@ -98,7 +98,7 @@ def _evaluate_one(study: Study, task: Task, folder: RunFolder) -> str | None:
     for c in comparisons:
         numbers = f"{c.recorded:.6g} | {c.measured:.6g}"
         tqdm.write(f"| {folder.run.name} | {epoch} | {c.metric} | {numbers} | {verdict or c.text} |")
-    missed = [c.metric for c in comparisons if not c.met]
+    missed = [c.metric for c in comparisons if not c.agrees]
     if same and missed:
         return f"measured again at epoch {epoch}, it differs from metrics.csv in {', '.join(missed)}"
     return None

@@ -31,16 +31,28 @@ import csv
 import dataclasses
 import math
 import statistics
+from collections import defaultdict
 from typing import BinaryIO
 
 from wide import UserError
 from wide.models.rules import RULES
-from wide.reports.distances import ACTIVITY, ANGLE, GAP, OF_THEORY, TITLES, WEIGHT, Line, panel_of, predicted_slope
-from wide.reports.report import figures, write_report
+from wide.reports.distances import (
+    ACTIVITY,
+    ANGLE,
+    GAP,
+    OF_THEORY,
+    TITLES,
+    WEIGHT,
+    Line,
+    after,
+    panel_of,
+    predicted_slope,
+)
+from wide.reports.report import TableReport, figures, write_report
 from wide.reports.shown import Shown
 from wide.reports.tables import data_text, settings_text, unusual_text
 from wide.runs.files import csv_text
-from wide.runs.folder import FINISHED, RunFolder
+from wide.runs.folder import RunFolder
 from wide.training.gaps import Gaps
 from wide.training.recorders import Angles, Changes
 
@@ -63,70 +75,44 @@ class Distance:
 
 
 def read_distances(folder: RunFolder, epoch: int) -> list[Distance]:
-    """What a run recorded of an epoch; angles that are zero but for rounding are left out.
+    """What a run recorded of an epoch, of outputs up to it; angles that are zero but for rounding are left out.
 
     Raises:
         UserError: a file is damaged.
     """
-    found = []
-    for file, quantities in ((Angles.file, (ANGLE,)), (Changes.file, (ACTIVITY, WEIGHT))):
+    run, found = folder.run, []
+    for file, quantity in ((Angles.file, ANGLE), (Changes.file, ACTIVITY), (Changes.file, WEIGHT), (Gaps.file, GAP)):
         path = folder.path / file
-        if not path.exists():
-            continue
         try:
-            rows = [
-                row
-                for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-                if int(row["epoch"]) == epoch
-            ]
-            for quantity in quantities:
-                values = {row["layer"]: float(row[quantity]) for row in rows if row[quantity]}
-                found += [_distance(folder, quantity, layer, value) for layer, value in values.items()]
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            for row in csv.DictReader(text.splitlines()):
+                at = int(row["epoch"])
+                if row[quantity] and (at <= epoch if quantity == GAP else at == epoch):
+                    layer = after(int(row["updates"])) if quantity == GAP else row["layer"].removesuffix(".layer")
+                    found.append(Distance(run.rule, run.width, run.seed, quantity, layer, float(row[quantity])))
         except (KeyError, ValueError, TypeError) as error:
             raise folder.damaged(path, error) from error
-    found += _read_gaps(folder, epoch)
     return [d for d in found if d.value > (EXACT if d.quantity == ANGLE else 0)]
-
-
-def _read_gaps(folder: RunFolder, epochs: int) -> list[Distance]:
-    """Distances of outputs, after any epoch up to this one."""
-    path = folder.path / Gaps.file
-    if not path.exists():
-        return []
-    try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        there = [(int(row["updates"]), float(row[GAP])) for row in rows if int(row["epoch"]) <= epochs]
-    except (KeyError, ValueError, TypeError) as error:
-        raise folder.damaged(path, error) from error
-    return [_distance(folder, GAP, f"after {n} update{'s' * (n > 1)}", value) for n, value in there]
-
-
-def _distance(folder: RunFolder, quantity: str, layer: str, value: float) -> Distance:
-    run = folder.run
-    return Distance(run.rule, run.width, run.seed, quantity, layer.removesuffix(".layer"), value)
 
 
 def make_lines(distances: list[Distance]) -> dict[tuple[str, str, str], Line]:
     """By (quantity, layer, rule)."""
-    grouped: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    grouped = defaultdict(lambda: defaultdict(list))
     for d in distances:
-        grouped.setdefault((d.quantity, d.layer, d.rule), {}).setdefault(d.width, []).append(d.value)
+        grouped[d.quantity, d.layer, d.rule][d.width].append(d.value)
     return {key: _line(dict(sorted(by_width.items()))) for key, by_width in grouped.items()}
 
 
 def panel_lines(distances: list[Distance], layers: tuple[str, ...]) -> dict[tuple[str, str], Line]:
     """By (title of a panel, rule); of every run the geometric mean over the panel's layers."""
-    runs: dict[tuple[str, str], dict[tuple[int, int], list[float]]] = {}
+    runs, means = (defaultdict(lambda: defaultdict(list)) for _ in range(2))
     for d in distances:
         if panel := panel_of(d.quantity, d.layer, layers):
-            runs.setdefault((panel, d.rule), {}).setdefault((d.width, d.seed), []).append(d.value)
-    found = {}
+            runs[panel, d.rule][d.width, d.seed].append(d.value)
     for key, by_run in runs.items():
-        by_width: dict[int, list[float]] = {}
         for (width, _), values in sorted(by_run.items()):
-            by_width.setdefault(width, []).append(statistics.geometric_mean(values))
-        found[key] = _line(by_width)
-    return found
+            means[key][width].append(statistics.geometric_mean(values))
+    return {key: _line(by_width) for key, by_width in means.items()}
 
 
 def _line(by_width: dict[int, list[float]]) -> Line:
@@ -139,18 +125,12 @@ def _line(by_width: dict[int, list[float]]) -> Line:
     )
 
 
-class DistanceReport:
+class DistanceReport(TableReport):
     """Angles, and changes of activities and weights, against width (see shown.Report)."""
 
     def check(self, shown: Shown) -> None:
         if len({(run.data_limit, run.learning_rate) for run in shown.runs}) > 1:
             raise UserError("--data-limits and --learning-rates take one value here; for others run the command again")
-
-    def has(self, shown: Shown, folder: RunFolder) -> bool:
-        return folder.status(shown.epochs) in FINISHED
-
-    def scored_epochs(self, shown: Shown) -> tuple[int, ...]:
-        return ()
 
     def write(self, shown: Shown) -> str:
         distances = [d for folder in shown.folders for d in read_distances(folder, shown.epochs)]
@@ -160,7 +140,7 @@ class DistanceReport:
                 "them anew"
             )
         compared = any(distance.quantity == GAP for distance in distances)
-        when = "" if compared else f", after {self.updates(shown)} updates"
+        when = "" if compared else f", {after(self.updates(shown))}"
         title = f"{shown.title}{when}{unusual_text(shown.runs)}"
         lines = make_lines(distances)
         layers = tuple(sorted({layer for _, layer, _ in lines}))  # blocks.0, blocks.1, ..., readout
@@ -168,13 +148,8 @@ class DistanceReport:
         def draw(file: BinaryIO) -> None:
             figures("distance_figure").draw_distances(file, title, panel_lines(distances, layers))
 
-        text = _markdown(title, lines, layers, shown)
-        return write_report(
-            shown.path,
-            csv_text([dataclasses.asdict(distance) for distance in distances], header=True),
-            text,
-            draw,
-        )
+        rows = csv_text([dataclasses.asdict(distance) for distance in distances], header=True)
+        return write_report(shown.path, rows, _markdown(title, lines, layers, shown), draw)
 
     def updates(self, shown: Shown) -> int:
         """Those before what is recorded: all but the last of the epoch."""
@@ -192,18 +167,13 @@ def _markdown(title: str, lines: dict, layers: tuple[str, ...], shown: Shown) ->
     )
     text = [f"# {title}", "", legend, ""]
     for quantity, what in TITLES.items():
-        widths = sorted({w for (q, _, _), line in lines.items() if q == quantity for w in line.widths})
-        if not widths:
+        its = {(layer, rule): line for (of, layer, rule), line in lines.items() if of == quantity}
+        if not its:
             continue
-        text += [
-            f"## {what}",
-            "",
-            "| | rule | " + " | ".join(f"width {w}" for w in widths) + " | slope | theory |",
-        ]
+        widths = sorted({width for line in its.values() for width in line.widths})
+        text += [f"## {what}", "", f"| | rule | {' | '.join(f'width {w}' for w in widths)} | slope | theory |"]
         text.append("|---" * (4 + len(widths)) + "|")
-        for (_, layer, rule), line in sorted(
-            ((key, line) for key, line in lines.items() if key[0] == quantity), key=lambda pair: pair[0][1]
-        ):
+        for (layer, rule), line in sorted(its.items(), key=lambda item: item[0][0]):
             values = dict(zip(line.widths, line.means, strict=True))
             cells = [f"{values[w]:.3g}" if w in values else "-" for w in widths]
             none = quantity in (ANGLE, GAP) and rule not in OF_THEORY

@@ -48,8 +48,15 @@ HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
 ACTIVITIES = "relative change of activities"
 ENDS = "relative change of first and last weights"
 BETWEEN = "relative change of hidden weights"
-AFTER = [f"after {updates} update{'s' * (updates > 1)}" for updates in (1, 10, 100, 1000)]
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((after, -2.0) for after in AFTER))
+
+
+def after(updates: int) -> str:
+    """What stands for a layer in distances of outputs."""
+    return f"after {updates} update{'s' * (updates > 1)}"
+
+
+AFTER = [after(updates) for updates in (1, 10, 100, 1000)]
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((name, -2.0) for name in AFTER))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:

@@ -1,9 +1,7 @@
 """Reports: an experiment's .csv, .md and .png, from what is in outputs/. Nothing here trains."""
 
 import contextlib
-import csv
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +21,7 @@ from wide.reports.tables import (
     settings_text,
     unusual_text,
 )
-from wide.runs.files import replace, replace_text, sweep, writing
+from wide.runs.files import csv_text, replace, replace_text, sweep, writing
 from wide.runs.folder import FINISHED, RunFolder
 
 
@@ -109,18 +107,15 @@ def as_csv(summaries: list[Summary]) -> str:
     """A row per run: its settings, final and best metrics, seconds, status."""
     metrics = list(dict.fromkeys(name for summary in summaries for name in summary.final if name != "seconds"))
     names = list(dict.fromkeys(name for summary in summaries for name in summary.run.settings()))
-    final, best = [f"final_{name}" for name in metrics], [f"best_{name}" for name in metrics]
-    stream = io.StringIO()
-    columns = [*names, "epochs", *final, *best, "seconds", "status", "data", "device"]
-    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for summary in summaries:
-        row = summary.run.settings()
-        row |= {f"final_{name}": value for name, value in summary.final.items()}
-        row |= {f"best_{name}": value for name, value in summary.best.items()}
-        row |= {name: getattr(summary, name) for name in ("epochs", "status", "data", "device")}
-        writer.writerow(row | {"seconds": round(summary.seconds, 3)})
-    return stream.getvalue()
+        row = summary.run.settings() | {"epochs": summary.epochs}
+        for kind, values in (("final", summary.final), ("best", summary.best)):
+            row |= {f"{kind}_{name}": value for name, value in values.items() if name != "seconds"}
+        rows.append(row | {"seconds": round(summary.seconds, 3)})
+        rows[-1] |= {name: getattr(summary, name) for name in ("status", "data", "device")}
+    shown = [f"{kind}_{name}" for kind in ("final", "best") for name in metrics]
+    return csv_text(rows, header=True, columns=[*names, "epochs", *shown, "seconds", "status", "data", "device"])
 
 
 def markdown(title: str, table: Table, summaries: list[Summary], references: Mapping[str, Mapping[str, float]]) -> str:

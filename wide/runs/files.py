@@ -3,12 +3,13 @@
 import contextlib
 import csv
 import errno
+import io
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,18 +71,14 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         os.fsync(file.fileno())
 
 
-def csv_text(rows: list[dict], header: bool) -> str:
-    """Rows as the lines of a CSV file."""
-    lines = _Lines()
-    writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+def csv_text(rows: list[dict], header: bool, columns: Sequence[str] = ()) -> str:
+    """Rows as the lines of a CSV file, in the first one's columns or in these; empty where a row has none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)
-    return "".join(lines)
-
-
-class _Lines(list):
-    write = list.append
+    return text.getvalue()
 
 
 def whole_lines(path: Path) -> list[str]:
