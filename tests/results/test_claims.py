@@ -12,13 +12,18 @@ import pytest
 from running import ROOT, script
 
 from wide import UserError
-from wide.results import claims, claims_page, headline, judging, keeping, rates, studies
+from wide.results import claims, claims_page, headline, judging, keeping, rates, results_page, settings, studies
 from wide.results.collecting import texts
 from wide.results.judging import DOES_NOT, HOLDS, UNTOLD
 from wide.runs.folder import RunFolder
 from wide.runs.run import Run
 
 KMNIST = {"dataset": "kmnist", "network": "cnn", "learning_rate": 5.0, "batch_size": 100}
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return keeping.read(ROOT / "results")
 
 
 def finish(folder, run, accuracies, data="some"):
@@ -49,11 +54,14 @@ def approaching(rule, width, seed):
 
 
 def verdicts(folder, figures):
-    return [(part.verdict, part) for part in figures(keeping.read(folder)) if part.what.startswith("KMNIST: Align-ada")]
+    return [
+        (part.verdict, part)
+        for part in figures(keeping.read(folder))
+        if part.what.startswith("KMNIST, convolutional: Align-ada")
+    ]
 
 
-def test_the_pages_are_what_the_command_makes():
-    kept = keeping.read(ROOT / "results")
+def test_the_pages_are_what_the_command_makes(kept):
     assert len(kept) > 100
     for path, text in texts(ROOT, kept).items():
         assert path.read_text(encoding="utf-8") == text, path
@@ -113,7 +121,7 @@ def test_bf16_is_compared_run_by_run(tmp_path, harm, verdict):
             (path / "angles.csv").write_text("\n".join([header, *angles, ""]))
     figures = {part.what.partition(":")[2]: part for part in claims.in_bf16(keeping.read(tmp_path)) if part.values}
     accuracy, angle = figures.values()
-    assert next(iter(figures)) == " FA, test accuracy, points: bf16 less fp32, at width 8"
+    assert next(iter(figures)) == " FA, 10 epochs, test accuracy, points: bf16 less fp32, at width 8"
     assert accuracy.values == pytest.approx((0.1 - harm, -harm, -harm - 0.1))
     assert angle.values == pytest.approx((harm - 0.1, harm, harm + 0.1))
     assert accuracy.verdict == angle.verdict == verdict
@@ -126,7 +134,7 @@ def test_other_numbers_give_other_verdicts(tmp_path):
     ((verdict, _),) = verdicts(tmp_path, claims.approach)
     assert verdict == DOES_NOT
     _, details = claims_page.pages(keeping.read(tmp_path))
-    assert "does not hold here" in details
+    assert f"| {DOES_NOT} |" in details
 
 
 def test_a_noisy_figure_cannot_be_told(tmp_path):
@@ -150,8 +158,8 @@ def test_diverged_runs_are_guessing_and_their_widths_are_in_no_slope(tmp_path):
     for path in tmp_path.glob("kmnist/*align_ada-width8-*seed1*/metrics.csv"):
         path.write_text(re.sub(r"^(\d+),[\d.]+,", r"\1,nan,", path.read_text(), flags=re.MULTILINE))
     kept = keeping.read(tmp_path)
-    (value,) = [value for place, value in claims.KMNIST.values(kept).items() if place == ("align_ada", 8, 1)]
-    assert value == claims.KMNIST.chance == 10
+    (value,) = [value for place, value in settings.KMNIST.values(kept).items() if place == ("align_ada", 8, 1)]
+    assert value == settings.KMNIST.chance == 10
     ((_, slope),) = verdicts(tmp_path, claims.approach)
     assert "(16 to 32)" in slope.what
     (failed,) = [part for _, part in verdicts(tmp_path, claims.robust) if "share of runs that failed" in part.what]
@@ -162,24 +170,19 @@ def test_diverged_runs_are_guessing_and_their_widths_are_in_no_slope(tmp_path):
 def test_two_runs_of_one_rule_width_and_seed_are_refused(tmp_path):
     grid(tmp_path, approaching)
     setting = dataclasses.replace(
-        claims.KMNIST, fields={k: v for k, v in claims.KMNIST.fields.items() if k != "precision"}
+        settings.KMNIST, fields={k: v for k, v in settings.KMNIST.fields.items() if k != "precision"}
     )
     finish(tmp_path, Run(rule="backprop", width=8, seed=1, precision="bf16", **KMNIST), [0.5])
     with pytest.raises(UserError, match="keep one of each"):
         setting.values(keeping.read(tmp_path))
 
 
-def test_premises_are_no_part_of_the_count():
-    title = "With little data Align-ada is comparable to backprop"
-    ((_, *counts),) = [row for row in rows_of(claims_page.pages([])[1]) if row[0] == title]
-    shown = [part for claim in claims.CLAIMS if claim.title == title for part in claim.figures([])]
-    assert sum(map(int, counts)) == sum(not part.premise for part in shown) < len(shown)
-
-
-def rows_of(page):
-    """The cells of tables with four columns whose last three are numbers."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    return [row for row in rows if len(row) == 4 and all(cell.isdigit() for cell in row[1:])]
+def test_a_gap_says_nothing_where_backprop_is_no_better_than_guessing():
+    gap = judging.Figure("Wide: a gap", (0.0, 0.1, -0.1), upper=2)
+    above, at = (judging.Figure("backprop less guessing", values, lower=0) for values in ((9, 10, 11), (-1, 0, 1)))
+    assert dataclasses.replace(gap, premise=above).verdict == HOLDS
+    assert dataclasses.replace(gap, premise=at).verdict == UNTOLD
+    assert "says nothing: backprop less guessing" in dataclasses.replace(gap, premise=at).why
 
 
 def test_unfinished_runs_do_not_count(tmp_path):
@@ -221,7 +224,8 @@ def test_collecting_keeps_what_is_finished(tmp_path):
 
 
 def test_a_finished_study_prints_its_table_and_trains_nothing(tmp_path):
-    shutil.copytree(ROOT / "results" / "kmnist", tmp_path / "kmnist")
+    for path in (ROOT / "results" / "kmnist").glob("cnn-backprop-width8-lr5-seed*-batch100"):
+        shutil.copytree(path, tmp_path / "kmnist" / path.name)
     before = {path for path in tmp_path.rglob("*") if path.is_dir()}
     line = ["--rules", "backprop", "--widths", 8, "--learning-rates", 5, "--device", "cpu", "--data-dir", "/nowhere"]
     done = script("train_kmnist.py", 1, *line, "--outputs", tmp_path)
@@ -245,7 +249,7 @@ def test_a_slope_that_the_narrowest_width_decides_cannot_be_told():
 
 
 def test_losses_are_compared_as_ratios(tmp_path):
-    setting = dataclasses.replace(claims.ADDS[0], epochs=2)
+    setting = dataclasses.replace(settings.ADDS[0], epochs=2)
     for rule, factor in (("backprop", 1.0), ("align_ada", 1.5)):
         for seed in (1, 2, 3):
             run = Run("add", "rnn", rule, 128, 0.001, seed, 50, variant="published")
@@ -265,17 +269,17 @@ def test_losses_are_compared_as_ratios(tmp_path):
     assert last.text.startswith("3 [2.9")
 
 
-def test_a_verdict_is_of_all_figures_that_decide():
-    claim = judging.Claim("a claim", "abstract", ("Wide",), "runs", lambda kept: [])
+def test_a_row_for_every_setting_that_decides():
+    claim = judging.Claim("a claim", "abstract", "any", ("Wide", "Add"), "runs", lambda kept: [])
     holds = judging.Figure("Wide: a", (1.0, 1.1, 1.2), lower=0)
     fails, other = (dataclasses.replace(holds, what=what, lower=9) for what in ("Wide: b", "Narrow: b"))
-    assert claim.verdict([holds, other]) == HOLDS
-    assert claim.verdict([holds, fails, other]) == "1 of 2 hold here, 1 do not"
-    premise = dataclasses.replace(fails, premise=True)
-    assert claim.verdict([holds, premise]) == HOLDS
-    missing = dataclasses.replace(fails, values=())
-    assert claim.verdict([holds, missing]) == HOLDS
-    assert claim.verdict([missing]) == UNTOLD
+    missing = dataclasses.replace(holds, what="Add: a", values=())
+    (row,) = claims_page.rows(claim, [holds, other, missing])
+    assert row.endswith(f"| abstract | any | Wide | a: {holds.text} | {HOLDS} |")
+    (row,) = claims_page.rows(claim, [holds, fails])
+    assert row.endswith(f"| Wide | a: {holds.text}<br>b: {fails.text} | 1 of 2 hold, 1 do not |")
+    assert len(claims_page.rows(claim, [holds, dataclasses.replace(holds, what="Add: a")])) == 2
+    assert UNTOLD in claims_page.rows(claim, [missing])[0]
 
 
 RATE_STUDY = studies.Study(
@@ -317,9 +321,9 @@ def test_no_rate_is_chosen_before_all_are_tried(tmp_path):
     assert rates.chosen(rates.tried(RATE_STUDY, keeping.read(tmp_path))["fa"], (8, 32)) is None
 
 
-def test_the_rates_in_use_are_those_that_the_rule_chooses():
+def test_the_rates_in_use_are_those_that_the_rule_chooses(kept):
     """As far as results/ has what is needed to choose."""
-    kept, named = keeping.read(ROOT / "results"), {study.name: study for study in studies.STUDIES}
+    named = {study.name: study for study in studies.STUDIES}
     for name, used in (("mlp_rates", studies.RATES), ("mlp_centred_rates", studies.CENTRED_RATES)):
         widths = named[name].grid.experiment.widths
         for rule, row in rates.tried(named[name], kept).items():
@@ -327,24 +331,46 @@ def test_the_rates_in_use_are_those_that_the_rule_chooses():
                 assert rates.chosen(row, widths) in (used[rule], None), rule
 
 
-def test_studies_say_how_much_of_them_is_done():
-    kept = keeping.read(ROOT / "results")
-    page, script = keeping.page(ROOT / "results", kept), keeping.commands(kept)
+def test_the_script_of_studies_trains_what_is_here_and_nothing_else(kept):
+    """Its commands, read as the scripts themselves do."""
+    commands = [line for line in results_page.script(kept).splitlines() if line.startswith("python3 ")]
+    trained = {keeping.anywhere(run) for line in commands for run in grid_of(line).runs}
+    planned = {keeping.anywhere(run) for study in studies.STUDIES for run in study.grid.runs}
+    assert trained == {keeping.anywhere(one.run) for one in kept}
+    assert trained < planned
+
+
+def grid_of(line):
+    command = line.removeprefix("python3 ").replace('"$DATA"', "DATA").removesuffix(' --outputs "$OUTPUTS"')
+    return studies.Study("", "", command).grid
+
+
+def test_few_whole_grids():
+    """Three seeds at one width and two at another are two grids, though they were one at first."""
+    places = [(8, 1), (8, 2), (8, 3), (16, 1), (16, 2)]
+    runs = {Run(rule=rule, width=w, seed=s, **KMNIST) for w, s in places for rule in ("backprop", "fa")}
+    commands = studies.commands(
+        studies.Study("", "", "train_kmnist.py 1 --rules backprop fa --widths 8 16 --seeds 1 2 3 --learning-rates 5"),
+        runs,
+    )
+    assert commands == [
+        "train_kmnist.py 1 --rules backprop fa --widths 16 --seeds 1 2 --learning-rates 5",
+        "train_kmnist.py 1 --rules backprop fa --widths 8 --seeds 1 2 3 --learning-rates 5",
+    ]
+
+
+def test_the_page_names_every_study(kept):
+    page = results_page.page(ROOT / "results", kept)
     for study in studies.STUDIES:
-        done = keeping.done(study, kept)
-        assert (f"| {study.name} | " in page) == bool(done or study.grid.runs)
-        assert (study.command.replace(" DATA", ' "$DATA"') in script) == bool(done)
-    # Of a time there is a run on each machine.
-    machines = {one.run.timed_on for one in kept} - {None}
-    assert f"| cifar_time | {' and '.join(['27'] * len(machines))} of 27 |" in page
-    assert "| cifar_images_16 | 45 of 45 |" in page
+        assert (f"### {study.name}\n" in page) == bool(keeping.done(study, kept))
+    assert "| cifar_images_16 | 45 |" in page
 
 
 def test_a_figure_has_three_points_at_least():
     drawn = {path.stem for path in (ROOT / "results" / "reports").glob("*.png")}
     assert {"kmnist_seeds", "add_published", "cifar_seeds", "cifar_alignment"} <= drawn
-    # At two widths; at three rates of which two diverged.
-    assert not {"cifar_width", "kmnist_fp32", "kmnist_diverging"} & drawn
+    # At two widths; at three rates of which two diverged; of one rule.
+    assert not {"cifar_width", "kmnist_fp32", "kmnist_diverging", "mlp_width_lr2"} & drawn
 
 
 def test_gaps_of_the_headline_are_those_of_each_seed():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from wide.data.datasets import Split
-from wide.results import baselines, claims, headline, intervals
+from wide.results import baselines, headline, intervals, studies
+from wide.results.settings import PLAIN
 from wide.runs.run import Run
 
 
@@ -61,10 +62,10 @@ def runs(accuracy):
     ]
     return [
         SimpleNamespace(
-            run=(run := Run(rule=rule, width=width, seed=seed, learning_rate=claims.RATES[rule], **settings)),
-            is_of=lambda fields, epochs, run=run: claims.PLAIN.fields == fields,
+            run=(run := Run(rule=rule, width=width, seed=seed, learning_rate=studies.RATES[rule], **settings)),
+            is_of=lambda fields, epochs, run=run: PLAIN.fields == fields,
             diverged=lambda epochs: False,
-            rows=[{"test_accuracy": accuracy(rule, width, seed) / 100}] * claims.PLAIN.epochs,
+            rows=[{"test_accuracy": accuracy(rule, width, seed) / 100}] * PLAIN.epochs,
             data="some",
         )
         for rule, width, seed in places
@@ -77,23 +78,24 @@ def made_up(rule, width, seed):
 
 
 def test_findings_say_which_side_of_backprop_a_rule_is_on():
-    text = headline.findings(claims.PLAIN, runs(made_up))
-    assert text.startswith("**Fully connected: from width 16 to 64")
+    text = headline.findings(PLAIN, runs(made_up))
+    assert text.startswith("**Fully connected, width 16 and width 64: backprop 62.0 % and 62.0 %; Align-ada 10.2 [")
     _, low, high = intervals.of_mean([10.1, 10.2, 10.3])
-    assert f"Align-ada from 10.2 [{low:.1f}, {high:.1f}] behind to 2.7 [" in text
-    assert "FA from 1.8 [1.6, 2.0] ahead to 5.2 [5.0, 5.4] behind" in text
-    assert "at least 3 seeds" in text
+    assert f"Align-ada 10.2 [{low:.1f}, {high:.1f}] behind and 2.7 [" in text
+    assert "FA 1.8 [1.6, 2.0] ahead and 5.2 [5.0, 5.4] behind**" in text
+    assert "of 3 seeds" in text
 
 
 def test_the_table():
     lines = headline.table(runs(made_up), {"guessing": 10.0}).splitlines()
     assert lines[2] == "| | width 16 | width 64 |"
     assert lines[4] == "| Backprop | 62.0 ± 1.0 (3) | 62.0 ± 1.0 (3) |"
-    assert lines[-1] == "On the same images: guessing 10.0."
+    assert lines[-1].startswith("On the same images: guessing 10.0. ")
 
 
+@pytest.mark.parametrize("plot", [headline.WIDTHS, headline.IMAGES])
 @pytest.mark.parametrize("kept", [[], runs(made_up)], ids=["no runs", "runs"])
-def test_the_figure_is_drawn(kept):
+def test_the_figure_is_drawn(kept, plot):
     file = io.BytesIO()
-    headline.draw(file, kept, {"guessing": 10.0})
+    headline.draw(file, plot, kept, {"guessing": 10.0})
     assert file.getvalue().startswith(b"\x89PNG")

@@ -7,10 +7,11 @@ network, for every parameter, for the inputs, and at every later call with anoth
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils.checkpoint import checkpoint
 
 import align_rules
@@ -41,6 +42,38 @@ def matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
 
 
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return (v > 0).to(v)
+
+    @staticmethod
+    def backward(ctx, g):
+        (v,) = ctx.saved_tensors
+        return g / (1 + v.abs()) ** 2
+
+
+class Spiking(nn.Module):
+    """A membrane that is kept from one call to the next, and a surrogate gradient."""
+
+    def __init__(self, name: str = "membrane"):
+        super().__init__()
+        self.i, self.o, self.name = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES), name
+        self.register_buffer(name, torch.zeros(BATCH, 7))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, total = getattr(self, self.name), 0.0
+        for _ in range(3):
+            v = 0.9 * v + self.i(x)
+            s = Spike.apply(v - 0.3)
+            v, total = v - s, total + self.o(s)
+        setattr(self, self.name, v.detach())
+        self.calls += 1
+        return total
+
+
 class Settles(nn.Module):
     """Recurrent until its values settle, which nobody knows before."""
 
@@ -58,6 +91,18 @@ class Settles(nn.Module):
             if (new - h).abs().max() < 1e-4:
                 return self.o(new)
             h = new
+
+
+class OwnDraws(nn.Module):
+    """Draws of NumPy's, and of a generator of Python's of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drawn = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES), random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.tensor(np.random.rand(7)).to(x)
+        return self.b(torch.tanh(self.a(x)) * mask) * self.drawn.random()
 
 
 class LayerDrop(nn.Module):
@@ -93,6 +138,13 @@ def straight_through(s, x: Tensor) -> Tensor:
     return s.b(z + (q - z).detach()) + (q - z.detach()).square().mean()
 
 
+def packed(s, x: Tensor) -> Tensor:
+    ends = torch.tensor([2, 5, 3, 1])
+    states, _ = s.r(rnn.pack_padded_sequence(x, ends, batch_first=True, enforce_sorted=False))
+    padded, _ = rnn.pad_packed_sequence(states, batch_first=True, padding_value=0.5, total_length=6)
+    return s.o(padded.mean(1))
+
+
 def last(module, x: Tensor) -> Tensor:
     return module(x)[0][:, -1]
 
@@ -124,6 +176,8 @@ def parametrised(how, *sizes: int) -> nn.Module:
 
 NETWORKS = {
     **other_networks.SMALL,
+    "packed": (lambda: Function(packed, r=nn.LSTM(SIZE, 8, 2, batch_first=True, bidirectional=True),
+                                o=nn.Linear(16, CLASSES)), sequences),
     "cells": (lambda: Function(lambda s, x: s.o(s.l(s.g(x[:, 0]))[0] + s.r(x[:, 1])), g=nn.GRUCell(SIZE, 8),
                                l=nn.LSTMCell(8, 8), r=nn.RNNCell(SIZE, 8), o=nn.Linear(8, CLASSES)), sequences),
     "transformer": (lambda: Function(
@@ -165,15 +219,22 @@ NETWORKS = {
                       vectors),
     "settles": (Settles, vectors),
     "layer drop": (LayerDrop, vectors),
+    "own draws": (OwnDraws, vectors),
+    "frozen and fused": (lambda: Function(
+        lambda s, x: s.o(s.t(x).mean(1)), o=nn.Linear(SIZE, CLASSES),
+        t=nn.TransformerEncoderLayer(SIZE, 2, 16, batch_first=True).eval().requires_grad_(False)), sequences),
+    "orthogonal": (lambda: nn.Sequential(
+        parametrised(lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"), SIZE, SIZE), nn.Tanh(),
+        nn.Linear(SIZE, CLASSES)), vectors),
 }  # fmt: skip
-RECORDED = ("settles", "layer drop")
+RECORDED = ("settles", "layer drop", "own draws", "packed")
 KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
 
 
 def made(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     build, draw = NETWORKS[kind]
     inputs = draw()
-    inputs = inputs[-1] if isinstance(inputs, list) else inputs
+    inputs = inputs[-1] if isinstance(inputs, list) else inputs  # the last of several batches
     network = build()
     if any(isinstance(p, nn.UninitializedParameter) for p in network.parameters()):
         network(*inputs)
@@ -213,6 +274,22 @@ def test_the_state_of_the_network_is_that_of_plain_steps(kind):
         assert numbers == found[0][1]
         for tensor, other in zip(tensors, found[0][0], strict=True):
             torch.testing.assert_close(tensor, other)
+
+
+def test_state_is_known_by_whatever_name():
+    """A membrane called as the vectors of spectral norm are is shared with the initial network like any other."""
+    found = []
+    for name in ("membrane", "_v"):
+        torch.manual_seed(1)
+        network, inputs = Spiking(name), torch.randn(BATCH, SIZE)
+        rule = align_rules.AlignAda(network)
+        optimizer = torch.optim.SGD(network.parameters(), 0.3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            mean_square(rule(inputs)).backward()
+            optimizer.step()
+        found.append(network.i.weight)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

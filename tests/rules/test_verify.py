@@ -87,10 +87,13 @@ def test_a_wrong_transpose_is_told_by_the_layers_below_it(name, monkeypatch):
 
 
 def test_a_wrong_error_of_align_ada_is_told(monkeypatch):
-    right = align_rules._Couple.backward
-    monkeypatch.setattr(
-        align_rules._Couple, "backward", staticmethod(lambda ctx, e: (right(ctx, e)[0], 1.01 * right(ctx, e)[1]))
-    )
+    right = align_rules._Route.backward
+
+    def backward(ctx, e):
+        value, route, kept, *paths = right(ctx, e)
+        return value, route, kept, *(1.01 * path for path in paths)
+
+    monkeypatch.setattr(align_rules._Route, "backward", staticmethod(backward))
     with pytest.raises(RuntimeError, match=r": 0\.weight by 0\.0[12], 0\.bias by 0\.0[12], 2\.weight by 0\.0[12]"):
         align_rules.verify(align_rules.AlignAda(mlp()), loss, torch.randn(5, 6))
 
@@ -121,7 +124,7 @@ def test_a_missing_gradient_outside_of_the_network_is_told(place, told, monkeypa
     rule = align_rules.AlignAda(Actor())
     align_rules.verify(rule, loss, torch.randn(5, 6), double=False)
     monkeypatch.setattr(align_rules.AlignAda, "derive", derive)
-    monkeypatch.setattr(align_rules.AlignAda, "settings", lambda rule: ("another", place))
+    rule.lost = place  # a setting, so that it is derived anew
     with pytest.raises(RuntimeError) as error:
         align_rules.verify(rule, loss, torch.randn(5, 6))
     assert told in str(error.value)

@@ -36,9 +36,15 @@ def _draw(panel, lines: Mapping[str, Line], slope: float) -> None:
         panel.errorbar(one.widths, one.means, [below, above], **bars)
     panel.set_yscale("log")
     logarithmic(panel, widths, AXIS_LABELS["width"])
-    # Through the middle of the rules that theory is about.
-    of_theory = [one for rule, one in lines.items() if rule in OF_THEORY] or list(lines.values())
-    places = [(w, mean) for one in of_theory for w, mean in zip(one.widths, one.means, strict=True)]
+    # Through the middle of the rules that theory is about, as far as they are there.
+    places = [
+        (w, m)
+        for rule in OF_THEORY
+        if rule in lines
+        for w, m in zip(lines[rule].widths, lines[rule].means, strict=True)
+    ]
+    if not places:
+        return
     middle = statistics.fmean(math.log(mean) - slope * math.log(width) for width, mean in places)
     through = [math.exp(middle) * width**slope for width in widths]
     panel.plot(widths, through, color=GREY, linestyle=(0, (1, 1)), linewidth=2, label="slope of theory")

@@ -17,9 +17,12 @@ sqrt(s). Rules that read ReLU's derivative in the initial network (Align-ada, Al
 as n^(-1/4). Align-prop reads it in the current network. FA and DFA have random feedback, which no width turns towards
 backprop.
 
-The outputs themselves change by a number of order 1, and so do not vanish against their start; two rules whose
-updates differ by a relative 1/sqrt(n) end at outputs that differ by 1/sqrt(n): the mean square falls like 1/n.
-A share of flipped units counts there as it is, and not as its root: an output sums over all of them.
+The outputs themselves change by a number of order 1. How far two rules' outputs are from each other depends on how far
+their kernels are, which are means over the units of a layer: changes of single activities, of 1/sqrt(n), have random
+signs there and average to 1/n (Dyer and Gur-Ari 2020; Huang and Yau 2020, of smooth activations). So outputs that are
+equal in infinitely wide networks differ by 1/n, and the mean square falls like 1/n^2. Of ReLU's derivative in the
+initial network, about sqrt(n) of n units are flipped, with random signs: a mean over units is off by n^(1/4) / n, and
+the mean square falls like n^(-3/2). The first update of the Align rules is backprop's own, and no distance is left.
 
 All constants depend on learning rate and number of updates; the slopes do not, where networks are wide enough.
 """

@@ -39,17 +39,17 @@ class Line:
 def predicted_slope(quantity: str, layer: str, layers: tuple[str, ...]) -> float:
     """The exponent of the width (see distance_report.py), of a smooth activation function."""
     if quantity == GAP:
-        return -1.0
+        return -2.0
     return -1.0 if quantity == WEIGHT and layer not in (layers[0], layers[-1]) else -0.5
 
 
 # Of the figure: title and slope of theory.
 HIDDEN_ANGLE = "angle to backprop's gradient (degrees), hidden layers"
 ACTIVITIES = "relative change of activities"
-ENDS = "relative change of weights, first layer and readout"
-BETWEEN = "relative change of weights, between hidden layers"
+ENDS = "relative change of first and last weights"
+BETWEEN = "relative change of hidden weights"
 AFTER = [f"after {updates} update{'s' * (updates > 1)}" for updates in (1, 10, 100, 1000)]
-PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((after, -1.0) for after in AFTER))
+PANELS = ((HIDDEN_ANGLE, -0.5), (ACTIVITIES, -0.5), (ENDS, -0.5), (BETWEEN, -1.0), *((after, -2.0) for after in AFTER))
 
 
 def panel_of(quantity: str, layer: str, layers: tuple[str, ...]) -> str | None:

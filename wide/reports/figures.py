@@ -50,10 +50,13 @@ def _bars_note(table: Table) -> str:
 
 
 def lines(table: Table, references, examples: int):
+    """Shares as they are; losses on a logarithmic axis."""
     figure, axes = panels(len(table.sections), sharey=True)
     for panel, (section, rows) in zip(axes, table.sections.items(), strict=True):
         for name, metrics in references.items():
             panel.axhline(_scaled(table, metrics[_drawn(table)]), color=GREY, linewidth=1, label=name)
+        if not table.metrics.percent:
+            _logarithmic_values(panel)
         _draw_lines(panel, table, rows, examples)
         logarithmic(panel, _positions(table, examples), AXIS_LABELS[table.view.against])
         panel.set_title(section_text(section), fontsize=10)
@@ -139,11 +142,8 @@ def timing(table: Table, references, examples: int):
     figure, axes = panels(2 * len(table.sections))
     reference = table.metrics.relative_to
     for pair, rows in zip(zip(axes[::2], axes[1::2], strict=True), table.sections.values(), strict=True):
-        pair[0].set_yscale("log")
+        _logarithmic_values(pair[0])
         _draw_lines(pair[0], table, rows, examples)
-        pair[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        pair[0].yaxis.set_major_formatter("{x:g}")
-        pair[0].yaxis.set_minor_formatter(NullFormatter())
         pair[0].set_ylabel(table.metrics.label(_drawn(table)))
         places = _positions(table, examples)
         for rule, cells in rows.items():
@@ -161,6 +161,13 @@ WITHOUT_BARS = ("seeds", "curves")
 
 
 # ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def _logarithmic_values(panel) -> None:
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_lines(panel, table: Table, rows: Mapping[str, list[Cell]], examples: int) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 from wide.results.claims import CLAIMS
-from wide.results.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure
-from wide.results.keeping import DATASETS, Kept, done
+from wide.results.judging import DOES_NOT, HOLDS, RULES_OF_JUDGING, UNTOLD, Claim, Figure, verdict
+from wide.results.keeping import Kept, done
 from wide.results.rates import table as rates_table
+from wide.results.results_page import DATASETS
 from wide.results.studies import CENTRED_RATES, RATES, STUDIES
 
-SHOWN = 4  # figures in a row of the first page
+SHOWN = 5  # figures in a row of the first page; of more, how many, and from where to where
 
 Found = Mapping[Claim, list[Figure]]
 
@@ -20,21 +21,37 @@ def pages(kept: list[Kept]) -> tuple[str, str]:
 
 
 def overview(found: Found) -> str:
-    lines = [OVERVIEW]
-    for title, ours in (("claim", False), ("not the paper's: found or asked here", True)):
-        lines += [f"| {title} | in the paper | here | verdict |", "|---|---|---|---|"]
-        lines += [row(claim, figures) for claim, figures in found.items() if ours != bool(claim.paper)]
+    count = sum(one.enough for figures in found.values() for one in figures)
+    lines = [OVERVIEW.format(holds=HOLDS, does_not=DOES_NOT, count=count, chance=f"{count / 20:.0f}")]
+    heads = ((False, "claim | in the paper | its widths and epochs"), (True, "not the paper's: asked here | | "))
+    for ours, head in heads:
+        lines += [f"| {head} | run here | figure | verdict |", "|---" * 6 + "|"]
+        chosen = [(claim, figures) for claim, figures in found.items() if ours != bool(claim.paper)]
+        lines += [line for claim, figures in chosen for line in rows(claim, figures)]
         lines.append("")
     return "\n".join(lines)
 
 
-def row(claim: Claim, found: list[Figure]) -> str:
-    deciding = claim.deciding(found)
-    here = "<br>".join(f"{one.what}: {one.text}" for one in deciding[: SHOWN if len(deciding) <= SHOWN else 0])
-    verdicts = [one.verdict for one in deciding]
-    here = here or f"{len(deciding)} figures: {verdicts.count(HOLDS)} hold, {verdicts.count(DOES_NOT)} do not"
-    title = f"[{claim.title}](claims_in_detail.md#{anchor(claim.title)})"
-    return f"| {title} | {claim.paper or '-'} | {here} | {claim.verdict(found)} |"
+def rows(claim: Claim, found: list[Figure]) -> list[str]:
+    """A row for every setting that decides; where runs of some are missing altogether, of the others."""
+    shown: dict[str, list[Figure]] = {}
+    for one in found:
+        if one.setting in claim.decides and one.values:
+            shown.setdefault(one.setting, []).append(one)
+    heads = [f"[{claim.title}](claims_in_detail.md#{anchor(claim.title)}) | {claim.paper} | {claim.about}"]
+    heads += [" | | "] * (len(shown) - 1)
+    lines = [
+        f"| {head} | {setting} | {in_short(figures)} | {verdict(figures)} |"
+        for head, (setting, figures) in zip(heads, shown.items(), strict=False)
+    ]
+    return lines or [f"| {heads[0]} | never | | {UNTOLD} |"]
+
+
+def in_short(figures: list[Figure]) -> str:
+    if len(figures) <= SHOWN:
+        return "<br>".join(f"{one.what.partition(': ')[2]}: {one.text}" for one in figures)
+    values = sorted(one.centre for one in figures)
+    return f"{len(figures)} figures, {values[0]:.3g} to {values[-1]:.3g}"
 
 
 def anchor(title: str) -> str:
@@ -53,23 +70,20 @@ def details(found: Found, kept: list[Kept]) -> str:
         "Data:",
         "",
         *(f"- {text}." for text in DATASETS.values()),
-        "",
-        "| claim | figures that hold here | do not | cannot be told |",
-        "|---|---|---|---|",
     ]
-    for claim, figures in found.items():
-        told = [one.verdict for one in figures if not one.premise]
-        counts = [told.count(verdict) for verdict in (HOLDS, DOES_NOT, UNTOLD)]
-        lines.append(f"| {claim.title} | {' | '.join(map(str, counts))} |")
     for claim, figures in found.items():
         lines += [
             "",
             f"## {claim.title}",
             "",
-            f"In the paper: {claim.paper or 'not a claim of it'}. Needs: {claim.needs}.",
+            f"In the paper: {claim.paper or 'not a claim of it'}{'; ' * bool(claim.about)}{claim.about}. "
+            f"Needs: {claim.needs}.",
         ]
         lines += ["", "| figure | mean [95% interval] | verdict | why |", "|---|---|---|---|"]
-        lines += [f"| {one.what} | {one.text} | {one.verdict} | {one.why} |" for one in figures]
+        lines += [f"| {one.what} | {one.text} | {one.verdict} | {one.why} |" for one in figures if one.values]
+        lacking = sorted({one.setting for one in figures} - {one.setting for one in figures if one.values})
+        if lacking:
+            lines += ["", f"Not run: {'; '.join(lacking)}."]
         if note := NOTES.get(claim.title):
             lines += ["", note]
     return "\n".join([*lines, *rates(kept), ""])
@@ -90,11 +104,13 @@ def rates(kept: list[Kept]) -> list[str]:
 OVERVIEW = """\
 # The paper's claims, and what the runs here say
 
-Made from [results/](../results/README.md) by `python3 collect_results.py`. A figure is the mean over n seeds, with its
-95% interval. How claims are judged, all their figures, and what is known of why:
-[claims_in_detail.md](claims_in_detail.md). The paper is about wide networks, so where there are runs of wide fully
-connected ones (three hidden layers, 5,334 images of KMNIST, 50 epochs), those decide; "centred": outputs are
-f - f<sub>0</sub>, a control that the paper does not have.
+Made from [results/](../results/README.md) by `python3 collect_results.py`. A figure is the mean over n seeds [95%
+interval]; "{holds}" or "{does_not}" means that the whole interval lies within the claim's range, or outside of it.
+The rules of judging, and every figure: [claims_in_detail.md](claims_in_detail.md). There are {count} intervals; of as
+many some {chance} miss what they are of by chance. The paper is about wide networks, so wide fully connected ones
+(three hidden layers, 5,334 images of KMNIST, 50 epochs) and the Add task decide; "centred": outputs are
+f - f<sub>0</sub>, a control that the paper does not have. Where the paper makes a claim is said by abstract and by
+experiment, as its released code numbers them; the numbers of its sections and figures were not at hand.
 """
 JUDGED = """\
 # Every figure of every claim
@@ -105,7 +121,8 @@ Made from [results/](../results/README.md) by `python3 collect_results.py`; in s
 
 The rules were written when the first runs were there (the Add task, distance from theory of convolutional networks) and
 before all others, and have been made stricter since. Which networks decide, on the first page, was settled when a first
-look at fully connected ones had been taken (widths 16, 64, 256 and 1024, three seeds, six rules, rate 5).
+look at fully connected ones had been taken (widths 16, 64, 256 and 1024, three seeds, six rules, rate 5); the Add task,
+and Align-zero at the rate of the others, joined them when their runs were there.
 """
 SEARCHED = """\
 Convolutional networks have rate 5 throughout, the largest of the published 5, 2 and 1, and the Add task 0.001; none was
@@ -125,7 +142,11 @@ THEORY_NOTE = (
 )
 WIDE_NOTE = (
     "The width of each figure is the widest at which enough seeds are trained so far. The claim is about wide "
-    "networks, and says nothing of widths at the narrow end of the paper's: a verdict there stands for that width."
+    "networks, and says nothing of widths at the narrow end of the paper's: a verdict there stands for that width. "
+    "From width 512 on, fully connected networks of every rule do worse the wider they are, and centred ones better: "
+    "outputs of the initial network are of order 1 at any width, and a wide network does not lose them in 50 epochs. "
+    "Align-zero's one rate for all widths is a compromise: at the rate of the others it is far behind in narrow "
+    "networks and ahead of backprop in wide ones."
 )
 APPROACH_NOTE = (
     "The rules take errors from the initial network, so their gap grows as training leads away from it (a claim of "
@@ -136,6 +157,7 @@ APPROACH_NOTE = (
     "and falls again, later and higher in wider networks ([docs/results.md](results.md))."
 )
 LITTLE_NOTE = (
+    "![Test accuracy against the number of training images](little_data.png)\n\n"
     "A gap says something only where backprop is above chance. Fully connected networks take 900 updates whatever "
     "the number of images; with CIFAR-10 more images are more updates, as published (the number of epochs is "
     "fixed), so that networks move further from where they began."
@@ -146,7 +168,14 @@ ROBUST_NOTE = (
     "them once the current one is elsewhere, which happens sooner in narrow networks "
     "([docs/results.md](results.md))."
 )
+OUTPUTS_NOTE = (
+    "![Distance of outputs from backprop's against width](../results/reports/mlp_outputs.png)\n\n"
+    "Theory says how fast they fall, too (wide/reports/distance_report.py): for smooth activations like 1/width^2, of "
+    "the mean square; where ReLU's derivative is read in the initial network (Align-ada, Align-zero), perhaps like "
+    "width^(-3/2). The latter is an estimate that was made when these runs were there."
+)
 NOTES: Mapping[str, str] = {
+    "The Align rules' networks compute what backprop's does, the more so the wider": OUTPUTS_NOTE,
     "The Align rules are robust over seeds": ROBUST_NOTE,
     "Weights and activities change less, and angles to backprop fall, with width": THEORY_NOTE,
     "In wide networks Align-ada and Align-zero are comparable to backprop": WIDE_NOTE,

@@ -6,16 +6,8 @@ from pathlib import Path
 from wide import UserError
 from wide.command_line import Parser, carry_out
 from wide.results import baselines, claims_page, headline
-from wide.results.keeping import (
-    Kept,
-    commands,
-    copy_finished,
-    page,
-    read,
-    require_small,
-    write_page,
-    write_reports,
-)
+from wide.results.keeping import Kept, copy_finished, read, require_small, write_page, write_reports
+from wide.results.results_page import page, script
 from wide.results.studies import ROOT
 from wide.runs.files import replace, writing
 
@@ -47,8 +39,11 @@ def collect(outputs: Path | None, root: Path = ROOT) -> str:
     for path, text in texts(root, kept).items():
         write_page(path, text)
     with writing(root / "docs"):
-        beaten = baselines.read(baselines.PATH)
-        replace(root / "docs" / "accuracy.png", lambda file: headline.draw(file, kept, beaten))
+        for name, plot, beaten in (
+            ("accuracy", headline.WIDTHS, baselines.read(baselines.PATH)),
+            ("little_data", headline.IMAGES, {}),
+        ):
+            replace(root / "docs" / f"{name}.png", lambda file, p=plot, b=beaten: headline.draw(file, p, kept, b))
     require_small(results)
     return f"{copied} runs copied; {len(kept)} runs in {results}"
 
@@ -64,7 +59,7 @@ def texts(root: Path, kept: list[Kept]) -> dict[Path, str]:
     overview, details = claims_page.pages(kept)
     return {
         root / "results" / "README.md": page(root / "results", kept),
-        root / "results" / "studies.sh": commands(kept),
+        root / "results" / "studies.sh": script(kept),
         root / "docs" / "claims.md": overview,
         root / "docs" / "claims_in_detail.md": details,
         root / "README.md": f"{before}{START}\n{table}\n{END}{after}",

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from wide.runs.files import replace_text, writing
 from wide.runs.folder import FINISHED, RunFolder
 from wide.runs.run import Run
 
-LIMIT = 25e6  # bytes of results/ in all
+LIMIT = 35e6  # bytes of results/ in all
 KEPT_FILES = ("config.json", "metrics.csv", "angles.csv", "changes.csv", "gaps.csv")
 
 
@@ -39,14 +38,6 @@ def matches(run: Run, fields: Mapping[str, object]) -> bool:
     return True
 
 
-DATASETS = {
-    "kmnist": "KMNIST: the 10,000 official test images alone, split into 5,334 training, 2,666 validation and 2,000 "
-    "test images that do not overlap (`python3 setup_kmnist.py --split-test-images DATA`)",
-    "cifar": "CIFAR-10: a copy whose images were re-encoded as JPEG, in another order than the official files; "
-    "accuracies are close to those of the official images, not equal to them",
-    "add": "the Add task: made from its seed, the same everywhere; seeds vary the network alone",
-}
-
 # Runs whose checkpoints are kept, so that --evaluate can measure them anew.
 HEADLINE = (
     {
@@ -56,16 +47,15 @@ HEADLINE = (
         "width": 64,
         "data_limit": None,
         "learning_rate": 5.0,
-        "rule": ("backprop", "align_ada", "align_zero"),
     },
     {"dataset": "kmnist", "network": "cnn", "learning_rate": 5.0, "seed": 99, "width": (16, 64), "batch_size": 100},
     {"dataset": "cifar", "learning_rate": 5.0, "seed": 99, "width": 16, "batch_size": 100, "data_limit": None},
-    {"dataset": "add", "seed": 99, "width": (64,), "rule": ("backprop", "align_ada", "align_zero")},
+    {"dataset": "add", "seed": 99, "width": 64},
 )
 
 
 def is_headline(run: Run) -> bool:
-    return any(matches(run, fields) for fields in HEADLINE)
+    return run.rule in ("backprop", "align_ada", "align_zero") and any(matches(run, fields) for fields in HEADLINE)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -125,11 +115,12 @@ def _read(results: Path, path: Path) -> Kept | None:
 
 def done(study: Study, kept: list[Kept]) -> list[Kept]:
     """A study's runs that are here, whatever machine a time was taken on."""
-    planned = {_anywhere(run) for run in study.grid.runs}
-    return [one for one in kept if _anywhere(one.run) in planned and one.went_on(study.grid.epochs)]
+    planned = {anywhere(run) for run in study.grid.runs}
+    return [one for one in kept if anywhere(one.run) in planned and one.went_on(study.grid.epochs)]
 
 
-def _anywhere(run: Run) -> Run:
+def anywhere(run: Run) -> Run:
+    """The run, whatever machine a time of it was taken on."""
     return dataclasses.replace(run, timed_on=None)
 
 
@@ -177,108 +168,31 @@ def write_reports(results: Path, kept: list[Kept]) -> None:
         if path.stem not in {study.name for study in STUDIES} | {baselines.PATH.stem}:
             path.unlink()
     for study in STUDIES:
-        # Of times those of this machine.
-        found = [one for one in done(study, kept) if one.run in set(study.grid.runs)]
+        found = done(study, kept)
         if not found:
             continue
-        options = dataclasses.replace(study.grid.options, outputs=results)
-        grid = dataclasses.replace(study.grid, experiment=_trimmed(study.grid, found), options=options)
-        grid.experiment.report.write(grid.shown)
+        newest = max(found, key=lambda one: one.finished).run.timed_on  # of times those of one machine
+        there = {anywhere(one.run): one.folder for one in found if one.run.timed_on == newest}
+        grid = dataclasses.replace(study.grid, options=dataclasses.replace(study.grid.options, outputs=results))
+        folders = [there[run] for run in map(anywhere, grid.runs) if run in there]
+        grid.experiment.report.write(shown := dataclasses.replace(grid.shown, folders=folders))
         for suffix in (".csv", ".md", ".png"):
             target = results / "reports" / (study.name + suffix)
             with writing(target.parent):
                 target.unlink(missing_ok=True)
-                if (source := grid.shown.path.with_suffix(suffix)).exists():
+                if (source := shown.path.with_suffix(suffix)).exists():
                     os.replace(source, target)
             if not makes_lines(grid, found):
                 target.with_suffix(".png").unlink(missing_ok=True)
 
 
 def makes_lines(grid: Grid, found: list[Kept]) -> bool:
-    """Whether its figure has lines of three points at least, or is of another kind."""
-    view = grid.experiment.view
+    """Whether its figure has lines of three points at least, of two rules or more, or is of another kind."""
+    view, through = grid.experiment.view, [one.run for one in found if not one.diverged(grid.epochs)]
     in_lines = isinstance(grid.experiment.report, TableReport) and view.figure in ("lines", "gap", "timing")
-    return not in_lines or len({getattr(one.run, view.against) for one in found if not one.diverged(grid.epochs)}) >= 3
-
-
-def _trimmed(grid: Grid, found: list[Kept]):
-    """The experiment with the values alone for which there are runs."""
-    axes = {"rules": "rule", "widths": "width", "learning_rates": "learning_rate", "seeds": "seed"}
-    axes["data_limits"] = "data_limit"
-    there = {axis: {getattr(one.run, field) for one in found} for axis, field in axes.items()}
-    kept = {axis: tuple(v for v in getattr(grid.experiment, axis) if v in there[axis]) for axis in axes}
-    return dataclasses.replace(grid.experiment, **kept)
-
-
-def commands(kept: list[Kept]) -> str:
-    """A shell script that trains, resumably, what is missing of the studies that were begun."""
-    lines = [
-        "#!/bin/sh",
-        "# The studies that results/ has, whole or in part; what OUTPUTS has is not trained again. Made by",
-        "# collect_results.py. usage: sh results/studies.sh DATA [OUTPUTS]",
-        "# (DATA: folder with kmnist/ and cifar-10-batches-bin/)",
-        "# To train only what results/ lacks: cp -r results/add results/cifar results/kmnist OUTPUTS   first.",
-        "DATA=${1:?folder of the data}; OUTPUTS=${2:-outputs}",
-    ]
-    begun = [study for study in STUDIES if done(study, kept)]
-    lines += ["python3 " + one.command.replace(" DATA", ' "$DATA"') + ' --outputs "$OUTPUTS"' for one in begun]
-    return "\n".join([*lines, ""])
-
-
-def page(results: Path, kept: list[Kept]) -> str:
-    """results/README.md: every study, how much of it is done, its command, data, machine, seeds and hours."""
-    lines = [
-        "# Results",
-        "",
-        "Made by `python3 collect_results.py`; what they say of each claim: [docs/claims.md](../docs/claims.md).",
-        "Run folders are as in outputs/ ([outputs/README.md](../outputs/README.md)), without checkpoints but those of",
-        "headline runs, and so cannot be trained further. `python3 <script> <number> <options> --outputs results",
-        "--report` prints a study's table of what is here and trains nothing; `--evaluate` measures what has a",
-        "checkpoint anew. `sh results/studies.sh DATA` trains again, resumably, the studies that are done or begun.",
-        "",
-        "## Data",
-        "",
-        *(f"- {text}." for text in DATASETS.values()),
-        "",
-        "## Studies",
-        "",
-        "Hours are those of training passes, without evaluation, as metrics.csv has them (`seconds`), on one thread",
-        "beside other work, with what it was paused: they say what the studies cost here, not how fast a step is.",
-        "Runs of two studies count in both. Times (cifar_time) were taken on every machine that is named.",
-        "",
-        "| study | runs done of planned | seeds | epochs | hours | data | machine |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    sections, planned = [], []
-    for study in STUDIES:
-        found, grid = done(study, kept), study.grid
-        if not found:
-            planned.append(f"| {study.name} | {len(grid.runs)} | `python3 {study.command}` |")
-            continue
-        seeds = ", ".join(map(str, sorted({one.run.seed for one in found})))
-        hours = sum(sum(row["seconds"] for row in one.rows[: grid.epochs]) for one in found) / 3600
-        diverged = sum(one.diverged() for one in found)
-        data, machine = ("; ".join(sorted({getattr(one, name) for one in found})) for name in ("data", "device"))
-        runs = f"{_count(found)} of {len(grid.runs)}" + (f" ({diverged} diverged)" if diverged else "")
-        lines.append(f"| {study.name} | {runs} | {seeds} | {grid.epochs} | {hours:.2f} | {data} | {machine} |")
-        sections += ["", f"### {study.name}", "", f"{study.title[0].upper()}{study.title[1:]}. "]
-        sections[-1] += f"`python3 {study.command}`"
-        if (results / "reports" / f"{study.name}.png").exists():
-            sections += ["", f"![{study.title}](reports/{study.name}.png)"]
-        sections += ["", f"[table](reports/{study.name}.md), [rows](reports/{study.name}.csv)"]
-    total = defaultdict(float)
-    for one in kept:
-        total[one.device] += one.seconds / 3600
-    lines += ["", "All runs, each once: " + "; ".join(f"{h:.2f} hours on {d}" for d, h in sorted(total.items())) + "."]
-    if planned:
-        lines += ["", "Planned, and not begun:", "", "| study | runs | command |", "|---|---|---|", *planned]
-    return "\n".join([*lines, "", "## Tables and figures", *sections, ""])
-
-
-def _count(found: list[Kept]) -> str:
-    """How many; of times, on each machine."""
-    counts = Counter(one.run.timed_on for one in found)
-    return " and ".join(str(counts[machine]) for machine in sorted(counts, key=str))
+    return not in_lines or (
+        len({getattr(r, view.against) for r in through}) >= 3 and len({r.rule for r in through}) > 1
+    )
 
 
 def write_page(path: Path, text: str) -> None:

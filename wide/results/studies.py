@@ -1,15 +1,17 @@
-"""What is studied: every study is a command, and the runs that it would train. What is here: keeping.py."""
+"""What is studied: every study is a grid of runs, as a command asks for it. Which of them are here: keeping.py."""
 
 import dataclasses
 import functools
 import importlib
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from wide.command_line import asked
 from wide.grids.study import Machine
 from wide.grids.study import Study as Grid
+from wide.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 DATA = " --data-dir DATA"  # in commands: the folder of the data
@@ -24,11 +26,11 @@ THREE_SEEDS, SEEDS = "99 100 101", "99 100 101 102 103"
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A command whose runs are in results/, and what its report is called there.
+    """A grid whose runs are in results/, all or some, and what its report is called there.
 
     Args:
         name: of the report's files in results/reports/.
-        command: script, number and options. The study is what it would train.
+        command: script, number and options: what would train the whole grid.
     """
 
     name: str
@@ -45,11 +47,51 @@ class Study:
         return Grid.of(module.SUBJECT, module.EXPERIMENTS, options, Machine.alone(options))
 
 
+AXES = {
+    "seeds": "seed",
+    "rules": "rule",
+    "data_limits": "data_limit",
+    "learning_rates": "learning_rate",
+    "widths": "width",
+}
+
+
+def commands(study: Study, runs: Collection[Run]) -> list[str]:
+    """Commands that train these runs of a study and no others: its own, cut into grids that are whole."""
+    whole, found = study.grid.experiment, []
+    planned = {field: {getattr(run, field) for run in study.grid.runs} for field in AXES.values()}
+    for block in sorted(blocks(runs), key=lambda block: [sorted(map(str, values)) for values in block]):
+        command = study.command
+        for (axis, field), values in zip(AXES.items(), block, strict=True):
+            if values != planned[field]:
+                option = "--" + axis.replace("_", "-")
+                texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in getattr(whole, axis) if v in values]
+                command, replaced = re.subn(rf"{option}( [^-\s]\S*)+", f"{option} {' '.join(texts)}", command)
+                if not replaced:
+                    script, number, *rest = command.split(" ", 2)
+                    command = " ".join([script, number, option, *texts, *rest])
+        found.append(command)
+    return found
+
+
+def blocks(runs: Collection[Run]) -> set[tuple[frozenset, ...]]:
+    """The runs as few whole grids: values of AXES, every combination of which is a run; each is in one grid."""
+    found = {tuple(frozenset([getattr(run, field)]) for field in AXES.values()) for run in runs}
+    for k in range(len(AXES)):
+        merged: dict[tuple, frozenset] = {}
+        for block in found:
+            rest = block[:k] + block[k + 1 :]
+            merged[rest] = merged.get(rest, frozenset()) | block[k]
+        found = {(*rest[:k], values, *rest[k:]) for rest, values in merged.items()}
+    return found
+
+
 # The learning rate of every rule on fully connected networks, chosen as wide/results/rates.py says.
 RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0) | {"align_zero": 2.0}
 CENTRED_RATES: Mapping[str, float] = dict.fromkeys(ALL.split(), 5.0)
+FP32 = " --precision fp32"  # on GPUs, too, which have TF32 by default
 MLP = "train_kmnist.py 1 --network mlp"
-FIFTY = f"--epochs 50 --evaluate-every 10{DATA}"
+FIFTY = f"--epochs 50 --evaluate-every 10{FP32}{DATA}"
 # Training images and epochs: 900 updates each, in batches of 100 or all images.
 LITTLE = {30: 900, 100: 900, 300: 300, 1000: 90, 3000: 30}
 
@@ -65,7 +107,7 @@ def by_rate(name: str, title: str, rates: Mapping[str, float], options: str) -> 
     return tuple(found)
 
 
-WIDTHS = "16 32 64 128 256 512 1024"
+WIDTHS = "16 32 64 128 256 512 1024 2048"
 STUDIES = (
     Study(
         "mlp_rates", "fully connected: learning rates, 50 epochs",
@@ -73,50 +115,48 @@ STUDIES = (
     ),
     *by_rate(
         "mlp_width", "fully connected: accuracy against width, 50 epochs", RATES,
-        f"--widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
+        f"--widths {WIDTHS} 4096 --seeds {SEEDS} {FIFTY}",
     ),
     Study(
         "mlp_width_align_zero", "fully connected: Align-zero at the rate of the others, 50 epochs",
-        f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} --seeds {SEEDS} {FIFTY}",
-    ),
-    *by_rate(
-        "mlp_wide", "fully connected: accuracy at width 2048, 50 epochs", RATES,
-        f"--widths 2048 --seeds {THREE_SEEDS} {FIFTY}",
+        f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} 4096 --seeds {SEEDS} {FIFTY}",
     ),
     Study(
         "mlp_centred_rates", "fully connected, centred outputs: learning rates, 50 epochs",
         f"{MLP} --centred --rules {ALL} --widths 64 256 --learning-rates 5 2 1 10 --seeds 99 {FIFTY}",
     ),
     *by_rate(
-        "mlp_centred", "fully connected, centred outputs: accuracy against width, 50 epochs", CENTRED_RATES,
-        f"--centred --widths {WIDTHS} 2048 --seeds {THREE_SEEDS} {FIFTY}",
+        "mlp_centred", "fully connected, centred outputs: accuracy against width, 50 epochs",
+        {rule: CENTRED_RATES[rule] for rule in SEVEN.split()},
+        f"--centred --widths {WIDTHS} --seeds {THREE_SEEDS} {FIFTY}",
     ),
     *(
         Study(
             f"mlp_{images}_images{'_centred' * bool(centred)}",
             f"fully connected{', centred outputs' * bool(centred)}: {images} training images, 900 updates",
             f"{MLP} {centred}--rules {SEVEN} --widths 1024 --learning-rates 5 --data-limits {images} --seeds {SEEDS} "
-            f"--epochs {epochs} --evaluate-every {epochs}{DATA}",
+            f"--epochs {epochs} --evaluate-every {epochs}{FP32}{DATA}",
         )
         for centred in ("", "--centred ")
         for images, epochs in LITTLE.items()
     ),
     Study(
         "mlp_theory", "fully connected: distance from theory against width, after 9 updates",
-        f"train_kmnist.py 3 --network mlp --widths 16 32 64 128 256 512 1024 2048 4096 --seeds {THREE_SEEDS}{DATA}",
+        f"train_kmnist.py 3 --network mlp --widths {WIDTHS} 4096 --seeds {THREE_SEEDS}{FP32}{DATA}",
     ),
     Study(
         "mlp_outputs", "fully connected: distance of outputs from those of backprop's network against width",
-        "train_kmnist.py 4 --network mlp --widths 16 32 64 128 256 512 1024 2048 4096 "
-        f"--seeds {THREE_SEEDS} --evaluate-every 1000{DATA}",
+        f"train_kmnist.py 4 --network mlp --widths {WIDTHS} 4096 --seeds {THREE_SEEDS} "
+        f"--evaluate-every 1000{FP32}{DATA}",
     ),
     Study(
         "kmnist_seeds", "convolutional: accuracy against width, 100 epochs, learning rate 5",
         f"train_kmnist.py 1 --rules {SEVEN} --widths 8 16 32 --learning-rates 5 --seeds {THREE_SEEDS}{DATA}",
     ),
     Study(
-        "kmnist_wider", "convolutional: two rules at width 64, 100 epochs, learning rate 5",
-        f"train_kmnist.py 1 --rules backprop align_ada --widths 64 --learning-rates 5{DATA}",
+        "kmnist_wider", "convolutional: wider networks, 100 epochs, learning rate 5",
+        "train_kmnist.py 1 --rules backprop align_ada align_zero fa --widths 64 128 --learning-rates 5 "
+        f"--seeds {THREE_SEEDS}{FP32}{DATA}",
     ),
     Study(
         "kmnist_early", "convolutional: accuracy against width after 20 epochs, learning rate 5",
@@ -208,7 +248,8 @@ STUDIES = (
     *(
         Study(
             f"add_{variant}", f"Add task, {variant} variant: loss against width",
-            f"train_add.py 1 --variant {variant} --rules {ADD_RULES} --widths 8 16 32 64 128 --seeds {SEEDS}",
+            f"train_add.py 1 --variant {variant} --rules {ADD_RULES} --widths 8 16 32 64 128 256 512 1024 "
+            f"--seeds {SEEDS}{FP32}",
         )
         for variant in ("published", "corrected")
     ),
