@@ -10,11 +10,11 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import align_rules
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.quick]
 
 
 class Net(nn.Module):
@@ -57,6 +57,20 @@ KINDS = {
     "masked": (lambda: Own(w=(12, 4)), masked, (12,)),
     "merged": (lambda: Own(w=(12, 4), a=(12, 2), c=(2, 4)), lambda layer, a: a @ (layer.w + layer.a @ layer.c), (12,)),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(12, 4)), call, (12,)),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(12, 4)).eval(), call, (12,)),
+    "standardised": (
+        lambda: parametrize.register_parametrization(nn.Linear(12, 4), "weight", Standardised()),
+        call,
+        (12,),
+    ),
+    "bilinear": (lambda: nn.Bilinear(6, 6, 4), lambda layer, a: layer(a[:, :6], a[:, 6:]), (12,)),
+    "packed attention": (
+        lambda: nn.MultiheadAttention(4, 1, batch_first=True),
+        lambda layer, a: layer(a, a, a)[0],
+        (3, 4),
+    ),
+    "LSTM cell": (lambda: nn.LSTMCell(4, 3), lambda layer, a: layer(a[:, 1], layer(a[:, 0]))[0], (3, 4)),
+    "GRU": (lambda: nn.GRU(4, 3, batch_first=True), first, (3, 4)),
     "tied": (lambda: Own(w=(12, 4)), lambda layer, a: torch.sin(a @ layer.w) @ layer.w.T, (12,)),
     "RNN": (lambda: nn.RNN(4, 3, batch_first=True), first, (3, 4)),
     "complex": (
@@ -65,6 +79,11 @@ KINDS = {
         (6, 2),
     ),
 }
+
+
+class Standardised(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)
 
 
 class Transported(torch.autograd.Function):
@@ -78,23 +97,46 @@ class Transported(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
-        return g @ b.T, a.T @ g, None
+        return g @ b.T, a.flatten(0, -2).T @ g.flatten(0, -2), None
 
 
 def by_substitution(kind: str, net: Net, B: dict[str, Tensor], x: Tensor, e: Tensor) -> dict[str, Tensor]:
     """Of one product, or of several in a formula of their own (tied weights, a recurrent network)."""
     W = dict(net.layer.named_parameters())
     a = torch.tanh(net.first(x))
+
+    def linear(x: Tensor, part: str) -> Tensor:
+        """x W + b, by parameters whose names have this part."""
+        weight = next(name for name in W if part in name and "weight" in name)
+        bias = next(name for name in W if part in name and "bias" in name)
+        return Transported.apply(x, W[weight].T, B[f"layer.{weight}"].T) + W[bias]
+
     if kind == "tied":
         h = torch.sin(Transported.apply(a, W["w"], B["layer.w"]))
         y = Transported.apply(h, W["w"].T, B["layer.w"].T)
     elif kind == "RNN":
         state, states = torch.zeros(len(x), 3), []
         for step in a.view(-1, 3, 4).unbind(1):
-            driven = Transported.apply(step, W["weight_ih_l0"].T, B["layer.weight_ih_l0"].T) + W["bias_ih_l0"]
-            back = Transported.apply(state, W["weight_hh_l0"].T, B["layer.weight_hh_l0"].T) + W["bias_hh_l0"]
-            state = torch.tanh(driven + back)
+            state = torch.tanh(linear(step, "ih") + linear(state, "hh"))
             states.append(state)
+        y = torch.stack(states, 1)
+    elif kind == "packed attention":
+        query, key, value = linear(a.view(-1, 3, 4), "in_proj").chunk(3, -1)
+        y = linear((query @ key.mT / 2).softmax(-1) @ value, "out_proj.")
+    elif kind == "LSTM cell":
+        h, c = torch.zeros(2, len(x), 3)
+        for step in a.view(-1, 3, 4).unbind(1)[:2]:
+            i, f, g, o = (linear(step, "ih") + linear(h, "hh")).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        y = h
+    elif kind == "GRU":
+        h, states = torch.zeros(len(x), 3), []
+        for step in a.view(-1, 3, 4).unbind(1):
+            (r, z, n), (r_h, z_h, n_h) = linear(step, "ih").chunk(3, 1), linear(h, "hh").chunk(3, 1)
+            z = (z + z_h).sigmoid()
+            h = (1 - z) * (n + (r + r_h).sigmoid() * n_h).tanh() + z * h
+            states.append(h)
         y = torch.stack(states, 1)
     else:
         at, twin = a.view(-1, *net.shape), copy.deepcopy(net.layer)

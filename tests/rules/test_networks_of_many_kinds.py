@@ -216,7 +216,7 @@ KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
 def made(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     build, draw = NETWORKS[kind]
     inputs = draw()
-    inputs = inputs[-1] if isinstance(inputs, list) else inputs
+    inputs = inputs[-1] if isinstance(inputs, list) else inputs  # the last of several batches
     network = build()
     if any(isinstance(p, nn.UninitializedParameter) for p in network.parameters()):
         network(*inputs)

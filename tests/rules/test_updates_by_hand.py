@@ -11,7 +11,7 @@ from torch import Tensor
 import align_rules
 from wide.models import networks
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.quick]
 
 
 class Step(NamedTuple):
