@@ -1232,7 +1232,9 @@ class Graph:
         for node in self.nodes:
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+            met = [self.kinds[node.args[k]] for k in PRODUCTS.get(node.target, [()])[0]]  # factors, not what is added
             known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
+            known |= bool(met) and ACTIVITY not in met
             if node in differentiated and self.kinds[node] == ACTIVITY and learned and not known:
                 found.append(f"{_operator(node)} at {_line(node)}")
         if found:

@@ -225,6 +225,61 @@ def test_a_recorded_network_is_warned_of_once():
         rule(torch.randn(5, 6))
 
 
+class Selects(nn.Sequential):
+    def forward(self, x):
+        h = torch.relu(self[0](x))
+        return self[2](h[h[:, 0] > 0])
+
+
+@pytest.mark.parametrize("name", ["align_ada", "align_zero", "fa"])
+@pytest.mark.filterwarnings("ignore:.*recorded anew")
+def test_entries_that_are_selected_by_values(name):
+    """The initial network would select others."""
+    rule = align_rules.RULES[name](Selects(*mlp()[:2], nn.Linear(7, 3)))
+    if name == "fa":
+        return rule(torch.randn(5, 6))
+    with pytest.raises(TypeError, match=r"index at .*test_refused.py:\d+ selects entries by activities' values"):
+        rule(torch.randn(5, 6))
+
+
+def test_outputs_in_which_no_tensor_is_found():
+    class Policy(nn.Sequential):
+        def forward(self, x):
+            return torch.distributions.Normal(super().forward(x), 1.0)
+
+    with pytest.raises(TypeError, match="Policy returns something in which tensors cannot be found"):
+        align_rules.AlignProp(Policy(*mlp()))(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("name", ["align_prop", "align_ada", "align_zero"])
+def test_a_rule_on_its_own_output(name):
+    """The proof of a capture leaves the graph that an input comes from as it is."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.h = nn.Linear(3, 5), nn.Linear(5, 5)
+
+        def forward(self, x, h):
+            return torch.tanh(self.i(x) + self.h(h))
+
+    network, xs, found = Cell(), torch.randn(4, 2, 3), []
+    for call in (network, align_rules.RULES[name](network)):
+        h = torch.zeros(2, 5)
+        for x in xs:
+            h = call(x, h)
+        found.append(torch.autograd.grad(h.square().sum(), list(network.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_changes_at_every_call_is_recorded():
+    network, seen = mlp(), []
+    network[1].register_forward_hook(lambda module, into, out: seen.append(out.detach()))
+    with pytest.warns(UserWarning, match="recorded anew at every call.*every call changes something"):
+        align_rules.AlignAda(network)(torch.randn(5, 6))
+
+
 def test_explained():
     rule = align_rules.AlignAda(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 3)))
     rule.network[0].bias.requires_grad_(False)
