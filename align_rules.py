@@ -1464,9 +1464,10 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
                         raise _Refused("every call changes something that it depends on")
                     _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
                     capture.proved.add(hooks)
-                    return _called(rule, inputs, keywords, True)
                 except (TypeError, _Refused) as error:
                     reason = error
+                else:
+                    return _called(rule, inputs, keywords, True)
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
