@@ -1234,7 +1234,7 @@ class Graph:
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
             met = [self.kinds[node.args[k]] for k in PRODUCTS.get(node.target, [()])[0]]  # factors, not what is added
             known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
-            known |= bool(met) and ACTIVITY not in met
+            known |= bool(met) and ACTIVITY not in met and node.target is not RECURRENCE
             if node in differentiated and self.kinds[node] == ACTIVITY and learned and not known:
                 found.append(f"{_operator(node)} at {_line(node)}")
         if found:
@@ -1695,8 +1695,10 @@ def _einsum(equation: Any, *parts: Any) -> Any:
     """A sum over an index of one entry alone is a product too: it becomes one over two entries."""
     terms, arrow, result = str(equation).replace(" ", "").partition("->")
     if arrow and "." not in terms and len(terms := terms.split(",")) == len(parts):
-        sizes = [pair for term, part in zip(terms, parts, strict=True) for pair in zip(term, part.shape, strict=True)]
-        alone = {i for i, size in sizes if size == 1 and i not in result} - {i for i, size in sizes if size > 1}
+        # A size that is not a number is never one.
+        ones = [(i, isinstance(size, int) and size == 1) for term, part in zip(terms, parts, strict=True)
+                for i, size in zip(term, part.shape, strict=True)]  # fmt: skip
+        alone = {i for i, one in ones if one and i not in result} - {i for i, one in ones if not one}
         pads = [[end for i in reversed(term) for end in (0, int(i in alone))] for term in terms]
         parts = [F.pad(part, pad) if any(pad) else part for part, pad in zip(parts, pads, strict=True)]
     return torch.einsum(equation, *parts)
