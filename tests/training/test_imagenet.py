@@ -1,6 +1,7 @@
 """ImageNet: images in folders, what is done with bad ones, and one run in several processes."""
 
 import csv
+import fcntl
 import json
 import os
 import pickle
@@ -431,6 +432,9 @@ def test_batches_of_a_step_may_lie_in_any_process_and_a_killed_run_goes_on_in_an
     for pid in (process.pid, *descendants(process.pid)):  # torchrun's processes do not end with it
         os.kill(pid, signal.SIGKILL)
     process.wait()
+    for path in apart.glob("imagenet/*/.lock"):
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as soon as all of them have ended
 
     listed = script("train_imagenet.py", 1, *arguments, "--list")
     assert "note: cnn-backprop-width4-lr0.5-seed99-batch10x2-fp64 was begun" in listed.stdout
