@@ -1,5 +1,6 @@
 """Devices beside the CPU, as far as one without them allows; sums, memory, deterministic algorithms."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,15 @@ import align_rules
 from wide import UserError
 from wide.runs.run import Run
 from wide.training import devices
-from wide.training.devices import choose_device, choose_precision, device_name, exact, memory_for
+from wide.training.devices import (
+    choose_compiler,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    device_name,
+    exact,
+    memory_for,
+)
 from wide.training.loop import Averages
 from wide.training.processes import join
 from wide.training.session import warm_up
@@ -153,3 +162,27 @@ def test_a_width_beyond_all_bounds_is_a_wrong_command_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "is not a positive whole number below 2**31" in done.stderr
+
+
+def test_threads_by_width(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        wide = dataclasses.replace(RUN, width=devices.WIDE[RUN.network])
+        assert [choose_threads(run, None) for run in (RUN, wide)] == [1, 2]
+        assert choose_threads(wide, 1) == 1  # --threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert choose_threads(wide, None) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_compiler_is_chosen_for_the_process():
+    """And rules hand their graphs to it: numbers of a run agree to rounding (tests/rules/test_rules_compiled.py)."""
+    try:
+        choose_compiler(True, torch.device("cpu"))
+        assert align_rules.AlignAda.compiler == "inductor"
+    finally:
+        choose_compiler(False, torch.device("cpu"))
+    assert align_rules.AlignAda.compiler is None
