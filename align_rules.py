@@ -34,7 +34,8 @@ and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a ga
 divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
 complex B, and errors go back through the conjugate transpose. nn.Bilinear's activity is the outer product of its
 inputs. `recurrence` is a loop over layers as one operator. A product of two weights is no layer, nor is one of two
-activities (attention scores). Frozen parameters do not learn; errors go through their layers as through the others.
+activities (attention scores); a weight that an activity has scaled or picked out is an activity. Frozen parameters do
+not learn; errors go through their layers as through the others.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
