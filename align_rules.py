@@ -333,7 +333,7 @@ class Backprop(Rule):
         return super().forward(*inputs, **keywords) if self.compiler else self.network(*inputs, **keywords)
 
     def derive(self, draft: "Draft") -> list:
-        return draft.outputs(draft.follow({**draft.places}))
+        return draft.outputs(draft.follow(draft.places))
 
     def become_backprop(self) -> None:
         pass  # it is
@@ -414,8 +414,8 @@ class FeedbackAlignment(Rule):
         for layer in draft.graph.layers.values():
             if not set(layer.names) & set(self.names):
                 raise ValueError(f"the weight {layer.names} has no feedback; give feedback={{{layer.names[0]!r}: ...}}")
-        B = draft.stand_ins("feedback", self.names)
-        now = draft.follow({**draft.places}, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
+        B = draft.stand_ins(self.names)
+        now = draft.follow(draft.places, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
         return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
@@ -883,7 +883,7 @@ class AlignAda(_FromInitial):
         self.coupling, self.uncoupled = coupling, _parameters_within(network, uncoupled)
 
     def derive(self, draft: "Draft") -> list:
-        now = draft.follow({**draft.places}, draft.cut)  # y = sg(a) W
+        now = draft.follow(draft.places, draft.cut)  # y = sg(a) W
         coupled = {}  # activation functions of the initial network, and what rearranges their outputs
 
         def coupling(layer: Layer, first: dict) -> Any:
@@ -1342,21 +1342,24 @@ class Draft:
         options = node.args[3:9] if node.target is aten.convolution.default else node.kwargs.get("alpha", 1)
         return node.target, int(layer.position > layer.weight_position), map_arg(options, values.__getitem__)
 
-    def stand_ins(self, kind: str, names: Names) -> dict[fx.Node, Any]:
-        """In the places of these parameters the rule's tensors "kind.name", in those of others what is there."""
+    def stand_ins(self, names: Names) -> dict[fx.Node, Any]:
+        """In the places of these parameters the rule's tensors "feedback.name", in those of others what is there."""
         learned = {place: name for place, name in self.graph.names.items() if self.graph.kinds[place] == WEIGHT}
-        return {p: self.own(f"{kind}.{n}") if n in names else self.call(sg, self.places[p]) for p, n in learned.items()}
+        return {
+            p: self.own(f"feedback.{n}") if n in names else self.call(sg, self.places[p]) for p, n in learned.items()
+        }
 
     def follow(
-        self, values: dict, at_layer: Callable | None = None, stand_ins: dict | None = None, initial: Names = ()
+        self, given: Mapping, at_layer: Callable | None = None, stand_ins: dict | None = None, initial: Names = ()
     ) -> dict:
-        """Compute every node that has no value yet, in order, and write state back.
+        """From given values those of all nodes that have none yet, in order; and write state back.
 
         Args:
             at_layer: computes a layer's output in its own way, from the layer and the values.
             stand_ins: values in the places of weights; what the network makes of them is added.
             initial: of an initial network, the names of what it has of its own: no other state is written.
         """
+        values = {**given}
         for place in self.graph.state:
             if self.graph.names[place] in initial:
                 values[place] = self.call(torch.clone, values[place])
@@ -1391,14 +1394,14 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
 
 def _require_repeatable(node: fx.Node) -> None:
     """Raise TypeError for an activity of which an initial network would compute another kind of thing."""
-    names = [argument.name for argument in getattr(node.target, "_schema", aten.relu.default._schema).arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    draws = given.get("dropout_p") or given.get("training") or _operator(node) in REPARAMETERISED
-    if _may_draw_inside(node) and draws:
-        raise TypeError(
-            f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; set "
-            "its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
+    if _may_draw_inside(node):
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if given.get("dropout_p") or given.get("training") or _operator(node) in REPARAMETERISED:
+            raise TypeError(
+                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; "
+                "set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
     by_value = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
     if node.target is aten.index.Tensor:  # by places, but for masks
         by_value = any(part is not None and part.meta["val"].dtype == torch.bool for part in node.args[1])
@@ -1487,10 +1490,11 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
 def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> Any:
     """By way of Dynamo."""
     if not hasattr(rule, "entry"):
-        if any(isinstance(value, random.Random) for m in rule.network.modules() for value in vars(m).values()):
+        modules, parameters = rule.known.modules, rule.known.parameters
+        if any(isinstance(value, random.Random) for m in modules.values() for value in vars(m).values()):
             raise _Refused("its draws from a random.Random of its own would be constants")
-        modules = tuple((name, type(module)) for name, module in rule.network.named_modules())
-        rule.entry = _entry(modules, tuple((name, p.shape) for name, p in rule.network.named_parameters()))
+        kinds = tuple((name, type(module)) for name, module in modules.items())
+        rule.entry = _entry(kinds, tuple((name, p.shape) for name, p in parameters.items()))
     _now.rule, _now.hooks, _now.read = rule, hooks, None
     try:
         with _SETTINGS, _without_backward_hooks(rule.known.modules.values()):
@@ -2076,9 +2080,9 @@ class _Anatomy:
 
     def __init__(self, network: nn.Module):
         self.modules = dict(network.named_modules(remove_duplicate=False))
-        self.parameters, self.buffers = dict(network.named_parameters()), dict(network.named_buffers())
-        self.names = {id(t): name for name, t in (*self.buffers.items(), *self.parameters.items())}
-        self.statistics = {name: t for name, t in self.buffers.items() if self.of_normalisation(*name.rpartition("."))}
+        self.parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+        self.names = {id(t): name for name, t in (*buffers.items(), *self.parameters.items())}
+        self.statistics = {name: t for name, t in buffers.items() if self.of_normalisation(*name.rpartition("."))}
         self.parts, self.number = self.found(), next(_COUNT)
 
     def of_normalisation(self, path: str, _, name: str) -> bool:

@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 
+import torch
 from tqdm import tqdm
 
 from wide import UserError
@@ -17,7 +18,7 @@ from wide.grids.parallel import train_side_by_side
 from wide.grids.study import Study
 from wide.runs.files import writing
 from wide.runs.folder import FINISHED, RunFolder
-from wide.training.devices import choose_threads, usable_cores
+from wide.training.devices import threads_for, usable_cores
 from wide.training.session import PREPARE, train_as_worker
 from wide.training.tasks import Task
 
@@ -126,7 +127,8 @@ def train_missing(study: Study) -> Failures:
 def gain_of_parallel(study: Study, missing: list[RunFolder], pace: Pace) -> str:
     """In words, how many times as fast runs of one thread would be side by side; nothing where that is not much."""
     alone = study.machine.device.type == "cpu" and not study.options.parallel and study.processes.count == 1
-    if not alone or study.experiment.timed or any(choose_threads(f.run, study.options.threads) > 1 for f in missing):
+    threads = [threads_for(folder.run, study.options.threads) or torch.get_num_threads() for folder in missing]
+    if not alone or study.experiment.timed or max(threads) > 1:
         return ""
     left = [pace.left([folder]) for folder in missing]
     gain = sum(left) / max(makespan(left, usable_cores()), 1e-9)
@@ -162,9 +164,9 @@ def require_trainable(study: Study, task: Task, missing: list[RunFolder]) -> Non
 def products(task: Task, missing: list[RunFolder]) -> dict[int, int]:
     """Of a forward pass, by width; not for widths that are too large to make, as the run itself will say."""
     found = {}
-    for folder in missing:
+    for width, run in {folder.run.width: folder.run for folder in missing}.items():
         with contextlib.suppress(RuntimeError):
-            found[folder.run.width] = task.products(folder.run)
+            found[width] = task.products(run)
     return found
 
 

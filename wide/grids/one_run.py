@@ -44,8 +44,8 @@ def train_one(study: Study, task: Task, folder: RunFolder, progress: "Progress |
         folder.require_checkpoint()
     except UserError as error:  # nothing is written into what was kept
         return Outcome(f"{name}: failed: {error}", str(error))
-    parallel = study.options.parallel
-    choose_threads(folder.run, parallel.threads if parallel else study.options.threads)
+    if not study.options.parallel:  # a worker has its threads
+        choose_threads(folder.run, study.options.threads)
     try:
         if study.experiment.timed:
             warm_up(task, folder.run)

@@ -96,13 +96,18 @@ def usable_cores() -> int:
 WIDE = {"cnn": 1, "mlp": 1024, "rnn": 512}
 
 
-def choose_threads(run: Run, wanted: int | None) -> int:
-    """How many threads of a processor a run takes: as many as are asked for, by OMP_NUM_THREADS too; else one per core
-    where the network is wide enough for them, and one where it is not. Set for the whole process."""
+def threads_for(run: Run, wanted: int | None) -> int | None:
+    """How many threads of a processor a run takes: as many as are asked for; else one per core where the network is
+    wide enough for them, and one where it is not. None: as torch has them, by OMP_NUM_THREADS or for a timed run."""
     if wanted is None and "OMP_NUM_THREADS" not in os.environ and run.timed_on is None:
-        wanted = usable_cores() if run.width >= WIDE[run.network] else 1
-    if wanted is not None:
-        torch.set_num_threads(wanted)
+        return usable_cores() if run.width >= WIDE[run.network] else 1
+    return wanted
+
+
+def choose_threads(run: Run, wanted: int | None) -> int:
+    """Set them for the whole process; how many they are."""
+    if (chosen := threads_for(run, wanted)) is not None:
+        torch.set_num_threads(chosen)
     return torch.get_num_threads()
 
 
