@@ -50,8 +50,9 @@ wherever an activity is used more than once, as in backprop, and go back along a
 
 The initial network is its parameters and its own statistics (buffers named in STATISTICS, the vectors of spectral
 norm), which its own activities update in the same steps. All else it shares with the current one: modules, modes,
-random draws, which are made once, and the state that the network keeps between calls, from which both start. Calls
-without gradients (torch.no_grad) are the current network's alone, and leave the initial statistics as they are.
+random draws, which are made once (also where activities decide on their distribution), and the state that the network
+keeps between calls, from which both start. Calls without gradients (torch.no_grad) are the current network's alone,
+and leave the initial statistics as they are.
 
 How it works. torch.compile's Dynamo writes a call down, and notices when anything that Python decided has changed; the
 rest of torch makes that one graph of operators; a rule is a small change to the graph, and runs as generated code under
@@ -298,10 +299,11 @@ class Rule(nn.Module):
         with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
             behind = _nodes_behind(_tensors(_called(self, inputs, keywords)))
         graph, program = _now.read
-        shape = {n: tuple(v.shape) if isinstance(v := n.meta.get("val"), Tensor) else "-" for n in graph.kinds}
+        shape = {n: n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ()) for n in graph.kinds}
         rows = [("layer", "activity -> output", "error enters at")]
         for k in graph.layers.values():
-            rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", self.enters(graph, k)))
+            sizes = f"{(*shape[k.activity],)} -> {(*shape[k.node],)}"
+            rows.append((", ".join(k.names), sizes, self.enters(graph, k)))
         first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
         others = collections.Counter(
             _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
@@ -1117,7 +1119,8 @@ def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[f
 # -------------------------------------------------------------------------------------------------- the graph: reading
 
 FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
-GIVEN = "given"  # in a place's meta: whether the call hands it to the network
+# In a node's meta: of a place, whether the call hands it to the network; of what was recorded, the shape of its value.
+GIVEN, SHAPE = "given", "shape"
 
 # Products, and the positions that an activity and a weight can have among their arguments.
 PRODUCTS = {
@@ -1653,7 +1656,7 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
     """A graph of ATen operators with nothing in place, from one of torch calls."""
     values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
-    with mode, torch.fx.traceback.preserve_node_meta(), _Spelling():
+    with mode, torch.fx.traceback.preserve_node_meta(), _Spelling(), _unseen():
         made = make_fx(functools.partial(_functionalised, _Walk(module).run))(*values)
     _respell(made.graph)
     for place, before in zip(
@@ -1668,7 +1671,7 @@ def _functionalised(function: Callable, *values) -> Any:
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-    with FunctionalTensorMode(), _unseen():
+    with FunctionalTensorMode():
         inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
         results = pytree.tree_map(_outside, function(*inside))
         now = [_outside(value) for value in inside]
@@ -2051,6 +2054,8 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     with _autocast_off(record.arguments):
         outputs = rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed))
     _now.read = graph, None
+    for node, value in record.values.items():  # nodes refer to each other, and would keep values until Python tidies up
+        node.meta = {SHAPE: getattr(value, "shape", None)}
     return record.returned(outputs)
 
 
@@ -2130,7 +2135,7 @@ CONTAINERS = (dict, list, set, collections.deque)
 
 def _unseen():
     """Hooks on what is saved for gradients, such as a checkpoint's around a rule, do not see what runs inside."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)  # the same tensor would be a cycle
 
 
 def _places(network: nn.Module) -> list:

@@ -65,6 +65,11 @@ KINDS = {
     "transposed": (lambda: nn.ConvTranspose2d(3, 2, 3, stride=2, output_padding=1), call, (3, 2, 2)),
     "from the left": (lambda: Own(w=(4, 3)), lambda layer, a: layer.w @ a, (3, 4)),
     "einsum": (lambda: Own(w=(2, 3, 4)), lambda layer, a: torch.einsum("bij,jik->bk", a, layer.w), (3, 2)),
+    "einsum over one entry": (
+        lambda: Own(w=(1, 4)),
+        lambda layer, a: torch.einsum("...i,io->...o", a, layer.w),
+        (12, 1),
+    ),
     "a vector": (lambda: Own(w=(12,)), lambda layer, a: a @ layer.w, (12,)),
     "scaled by addmm": (lambda: Own(w=(12, 4)), lambda layer, a: torch.addmm(a[:, :4], a, layer.w, alpha=0.3), (12,)),
     "masked": (lambda: Own(w=(12, 4)), masked, (12,)),

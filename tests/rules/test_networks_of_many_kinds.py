@@ -101,11 +101,11 @@ class LayerDrop(nn.Module):
 
 
 class Keeps(nn.Module):
-    """What it keeps is in a tuple and in a list, and what it computes depends on values."""
+    """What it keeps is in a tuple, and in a list in a dict; what it computes depends on values."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.state, self.trace = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES), (torch.ones(7), 0), []
+        self.a, self.b, self.state, self.kept = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES), (torch.ones(7), 0), {"h": []}
 
     def forward(self, x: Tensor) -> Tensor:
         last, count = self.state
@@ -113,7 +113,7 @@ class Keeps(nn.Module):
         if h.sum() > 0:
             h = 2 * h
         self.state = (h.detach().mean(0), count + 1)
-        self.trace.append(h.detach())
+        self.kept["h"].append(h.detach())
         return self.b(h)
 
 

@@ -17,7 +17,7 @@ from rules_helpers import (
     residual,
     traces,
 )  # fmt: skip
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import align_rules
@@ -150,6 +150,39 @@ def test_another_output_is_told():
 
     with pytest.raises(RuntimeError, match="output is not the network's own"):
         align_rules.verify(Wrong(mlp()), loss, torch.randn(5, 6))
+
+
+def test_other_state_is_told():
+    class Forgets(align_rules.Backprop):
+        def forward(self, x):
+            y = self.network[0](x)
+            return y - y.mean(0)
+
+    network = nn.Sequential(nn.Linear(6, 3), Centres())
+    with pytest.raises(RuntimeError, match="other buffers, or other state, behind"):
+        align_rules.verify(Forgets(network), loss, torch.randn(5, 6))
+
+
+class Centres(nn.Module):
+    """Takes the mean over the batch away, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("name", ["fa", "align_ada"])
+def test_outputs_of_whole_numbers_and_masks(name):
+    class Told(nn.Sequential):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores.argmax(1), scores, scores > 0
+
+    align_rules.verify(align_rules.RULES[name](Told(*mlp())), lambda outputs: loss(outputs[1]), torch.randn(5, 6))
 
 
 @pytest.mark.parametrize(("tolerance", "passes"), [(0.1, True), (0.005, False)])
