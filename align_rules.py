@@ -170,7 +170,7 @@ def _recurrence(
 ) -> Tensor:
     """`recurrence`. Errors go back in time through `feedback`; without one through W, and nowhere if it is empty. What
     is sent to states in this way also goes to `path`, a tensor of their shape."""
-    states, state, weight = drive.clone(memory_format=torch.contiguous_format), s0, W.t()
+    states, state, weight = drive.clone(memory_format=torch.contiguous_format), s0, W.t().contiguous()
     for row in states.unbind():
         state = row.addmm_(state, weight).relu_()
     return states
@@ -229,7 +229,7 @@ def recurrence(s0: Tensor, W: Tensor, drive: Tensor) -> Tensor:
     if not len(drive) or (*s0.shape, *W.shape) != (*drive.shape[1:], *2 * drive.shape[2:]):
         shapes = [tuple(t.shape) for t in (s0, W, drive)]
         raise ValueError(f"s0, W, drive must be (batch, width), (width, width), (time, batch, width), not {shapes}")
-    return _recurrence(s0.to(drive.dtype), W.to(drive.dtype), drive)
+    return RECURRENCE(s0.to(drive.dtype), W.to(drive.dtype), drive)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
