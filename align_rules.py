@@ -187,17 +187,17 @@ def _back_in_time(ctx, gradient: Tensor):
     s0, W, states, feedback = ctx.saved_tensors
     of_s0, of_W, _, _, of_path = (*ctx.needs_input_grad, False, False)[:5]  # arguments left out are left out there
     back = W if feedback is None else feedback
-    slopes, sent = states.sign(), torch.zeros_like(states) if of_path else None
-    deltas, to_s0, to_W = gradient.clone(memory_format=torch.contiguous_format), None, None
+    slopes, sent, to_s0, to_W = states.sign(), torch.zeros_like(states) if of_path else None, None, None
+    deltas = slopes * gradient  # at first what comes from outside
     if back.numel():
-        delta = None
-        for t, (row, slope) in enumerate(zip(deltas.unbind()[::-1], slopes.unbind()[::-1], strict=True), start=1):
-            if delta is not None:
-                row.add_(torch.mm(delta, back, out=sent[-t])) if of_path else row.addmm_(delta, back)
-            delta = row.mul_(slope)
+        delta = deltas[-1]
+        if of_path:
+            for row, slope, path in zip(*(t.unbind()[-2::-1] for t in (deltas, slopes, sent)), strict=True):
+                delta = row.addcmul_(path.addmm_(delta, back), slope)
+        else:
+            for row, slope in zip(*(t.unbind()[-2::-1] for t in (deltas, slopes)), strict=True):
+                delta = row.addmm_(delta, back).mul_(slope)
         to_s0 = delta @ back if of_s0 else None
-    else:
-        deltas *= slopes
     if of_W:  # the sum over all steps in one product
         to_W = torch.addmm(deltas[0].t() @ s0, deltas[1:].flatten(0, 1).t(), states[:-1].flatten(0, 1))
     return to_s0, to_W, deltas, None, sent
