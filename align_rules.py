@@ -8,13 +8,14 @@ The rules of Boopathy & Fiete, "How to Train Your Wide Neural Network Without Ba
 Perspective" (ICML 2022, arXiv 2106.08453), those it compares with, and their nearest relatives. This file imports torch
 only and can be copied alone into another project.
 
-A *layer* is a product (matrix product or convolution) of an activity with something that is made of parameters alone,
-its *weight*. All else (biases, normalisation, activation functions, pooling, additions, products of activities,
-look-up) is differentiated as it stands. Backprop sends the error delta at a layer's output on to its input through the
-transpose of its weight. A rule sends something else there, or forms the weight's gradient with something else; that is
-all that distinguishes the rules. With e the gradient of the loss at the network's output, W the current weight, W0 the
-initial one, B a random one, a the layer's input, and an index 0 for what the same network computes and sends back with
-its initial parameters (section 4):
+A *layer* is a product (matrix product or convolution) of an activity, which depends on what the network is called with
+or on the state that it keeps, with something that is made of parameters and constants, its *weight*. All else (biases,
+normalisation, activation functions, pooling, additions, products of activities, look-up) is differentiated as it
+stands. Backprop sends the error delta at a layer's output on to its input through the transpose of its weight. A rule
+sends something else there, or forms the weight's gradient with something else; that is all that distinguishes the
+rules. With e the gradient of the loss at the network's output, W the current weight, W0 the initial one, B a random
+one, a the layer's input, and an index 0 for what the same network computes and sends back with its initial parameters
+(section 4):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -49,13 +50,14 @@ wherever an activity is used more than once, as in backprop, and go back along a
 
 The initial network is its parameters and its own statistics (buffers named in STATISTICS, the vectors of spectral
 norm), which its own activities update in the same steps. All else it shares with the current one: modules, modes,
-random draws, which are made once, and the state that the network keeps between calls, from which both start.
+random draws, which are made once, and the state that the network keeps between calls, from which both start. Calls
+without gradients (torch.no_grad) are the current network's alone, and leave the initial statistics as they are.
 
 How it works. torch.compile's Dynamo writes a call down, and notices when anything that Python decided has changed; the
 rest of torch makes that one graph of operators; a rule is a small change to the graph, and runs as generated code under
 autograd. Each new graph is checked on the batch that caused it: as backprop it must give the network's output and
 gradients. What Dynamo cannot write down (control flow on values) is recorded anew at every call, with one warning.
-Backward hooks of modules are not called.
+Backward hooks of modules, and hooks for all modules of a process, are not called.
 
 A rule is right or raises, with the network's line of code and a remedy: TypeError for a learned tensor that meets
 activities in any other way than by a product, entry by entry or by look-up, for a torch.autograd.Function that uses
@@ -294,7 +296,7 @@ class Rule(nn.Module):
         errors back and where these enter, what is differentiated as it stands, and what does not learn; with `code`,
         also the code, in which the rule's own tensors have the names of those that they stand in for."""
         with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
-            _called(self, inputs, keywords)
+            behind = _nodes_behind(_tensors(_called(self, inputs, keywords)))
         graph, program = _now.read
         shape = {n: tuple(v.shape) if isinstance(v := n.meta.get("val"), Tensor) else "-" for n in graph.kinds}
         rows = [("layer", "activity -> output", "error enters at")]
@@ -304,11 +306,11 @@ class Rule(nn.Module):
         others = collections.Counter(
             _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
         )
-        learns = vars(self).get("learns", graph.parameters.values())
+        learning = {id(n.variable) for n in behind if hasattr(n, "variable")}
         told = {
             "differentiated as they stand": [f"{name} {n}" for name, n in others.items()],
             "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
-            "do not learn": [n for n, p in self.network.named_parameters() if n not in learns or not p.requires_grad],
+            "do not learn": [n for n, p in self.network.named_parameters() if id(p) not in learning],
         }
         lines = [f"{type(self).__name__} on {type(self.network).__name__}: errors go back through {self.back}", ""]
         lines += [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
@@ -640,6 +642,7 @@ class DirectFeedbackAlignment(Rule):
         sent to the block's activity: B^T e         dW = delta a^T
 
     e lands on the activity at the end of each block and goes back to its parameters through the block's derivatives.
+    What lies between that end and the next layer (a normalisation behind the activation function) does not learn.
 
     Args:
         feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
@@ -685,7 +688,8 @@ class DirectFeedbackAlignment(Rule):
             inside.discard(node)
 
         def ends_elsewhere(node: fx.Node) -> bool:  # at what it copies, or folds: (batch x positions, ...)
-            return _operator(node) in ("clone", "_to_copy") or node.meta["val"].shape[:1] != examples
+            copies = _operator(node) in ("clone", "_to_copy")
+            return copies or (_rearranges(node) and node.meta["val"].shape[:1] != examples)
 
         for node in graph.nodes:
             layer = graph.layers.get(node)
@@ -694,9 +698,9 @@ class DirectFeedbackAlignment(Rule):
             if _operator(node).startswith("_thnn_fused"):
                 raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
             place = layer.activity if layer else node
-            while place in inside and _rearranges(place) and ends_elsewhere(place):
+            while place in inside and ends_elsewhere(place) and len(parts := graph.parts(place)) == 1:
                 inside.discard(place)
-                place = place.all_input_nodes[0]
+                place = parts[0]
             if layer and place in inside:
                 end(place)
             now[node] = draft.cut(layer, now) if layer else draft.again(node, now)
@@ -971,10 +975,14 @@ def verify(
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
-        watched, (outputs, gradients), own = _compared(calls, loss_function, [*learning.values(), *fed], rule)
-    limit = _tolerance(outputs[0].dtype, 1e-3, 0.1) if tolerance is None else tolerance
+        watched, _, (outputs, gradients, kept), own = _compared(
+            calls, loss_function, [*learning.values(), *fed], rule.network, (inputs, keywords)
+        )
+    limit = max(_tolerance(t.dtype, 1e-3, 0.1) for t in outputs) if tolerance is None else tolerance
     if not all(share <= limit for share in _shares(own[0], outputs)):
         raise RuntimeError("the rule's output is not the network's own")
+    if not all(share <= limit for share in _shares(own[2], kept)):
+        raise RuntimeError("the rule leaves other buffers, or other state, behind than the network")
     outside = [f"a tensor {tuple(t.shape)} outside of the network" for t in watched[len(learning) + len(fed) :]]
     names = [*learning, *(f"input {k}" for k in range(len(fed))), *outside]
     shares = dict(zip(names, _shares(own[1], gradients), strict=True))
@@ -1039,18 +1047,22 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     return dict(weights.values())
 
 
-def _compared(calls: list[Callable], loss_function: Callable, watched: list[Tensor], *undisturbed) -> tuple:
-    """What is differentiated, with leaves outside of a network; and of each of two calls outputs, and gradients of a
-    loss."""
-    found = []
+def _compared(
+    calls: list[Callable], loss_function: Callable, watched: list[Tensor], network: nn.Module, values: Any
+) -> tuple:
+    """What is differentiated, with leaves outside of a network; the tensors that the first call replaces, by identity;
+    and of each of two calls outputs, gradients of a loss, and the tensors that the network and the values hold then."""
+    found, before = [], _kept_by(network)
     for call in calls:
-        with _undisturbed(*undisturbed):
+        with _undisturbed(network, values):
             output = call()
             if not found:
+                replaced = {id(t) for t in before} - {id(t) for t in _kept_by(network)}
                 leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
                 watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
-            found.append((_tensors(output), _gradients(loss_function(output), watched)))
-    return watched, *found
+            kept = [t.detach().clone() for t in _kept_by(network, values)]
+            found.append((_tensors(output), _gradients(loss_function(output), watched), kept))
+    return watched, replaced, *found
 
 
 def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
@@ -1082,19 +1094,22 @@ def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
 
 
 def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[float]:
-    """The largest differences, relative to the largest entries expected; a missing gradient is one of zeros."""
+    """The largest differences, relative to the largest entries expected; a missing gradient is one of zeros. Whole
+    numbers must be equal."""
+    if len(found) != len(expected):
+        return [math.inf]
     found, expected = ([t.to_dense() if t is not None and t.is_sparse else t for t in ts] for ts in (found, expected))
-    sizes = [0.0 if t is None or not t.numel() else t.detach().abs().nan_to_num(0, 0).max().item() for t in expected]
+    flows = [_differentiable(t) and t.numel() for t in expected]
+    sizes = [t.detach().abs().nan_to_num(0, 0).max().item() if f else 0.0 for t, f in zip(expected, flows, strict=True)]
     # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
     floor = max(1e-4 * max(sizes, default=0.0), 1e-30)
     shares = []
     for one, other, size in zip(found, expected, sizes, strict=True):
         there = next((t for t in (one, other) if t is not None), torch.zeros(()))
         one, other = (torch.zeros_like(there) if t is None else t.detach() for t in (one, other))
-        gap = math.inf
-        if one.shape == other.shape:
-            gaps = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
-            gap = gaps.max().item() if gaps.numel() else 0.0
+        gap = 0.0 if torch.equal(one, other) else math.inf
+        if one.shape == other.shape and gap and _differentiable(other):
+            gap = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs()).max().item()
         shares.append(gap / max(size, floor))
     return shares
 
@@ -1102,6 +1117,7 @@ def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[f
 # -------------------------------------------------------------------------------------------------- the graph: reading
 
 FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
+GIVEN = "given"  # in a place's meta: whether the call hands it to the network
 
 # Products, and the positions that an activity and a weight can have among their arguments.
 PRODUCTS = {
@@ -1125,16 +1141,16 @@ ACTIVATIONS = _named_operators(
 REARRANGING = _named_operators(
     "clone _to_copy constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d index index_select gather flip roll repeat pixel_shuffle pixel_unshuffle "
-    "channel_shuffle im2col stack cat reshape lift_fresh_copy getitem"
+    "channel_shuffle im2col stack cat reshape lift_fresh_copy getitem slice_scatter select_scatter copied"
 )
 # How a learned tensor may meet activities beside products and entry by entry: it is looked up, put beside them or
 # written into them; it is the gain or bias of a normalisation or of gates.
 MEETING = REARRANGING | _named_operators(
-    "embedding _embedding_bag take index_put slice_scatter select_scatter scatter index_copy index_add scatter_add "
+    "embedding _embedding_bag take index_put scatter index_copy index_add scatter_add "
     "masked_scatter native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
     "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
-    "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex copied"
+    "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex"
 )
 REPARAMETERISED = ("_standard_gamma", "_sample_dirichlet")  # draws that have a derivative
 # What is made of the shape of its argument alone.
@@ -1162,9 +1178,12 @@ class Graph:
 
     `places` are its inputs, `names` those of parameters and buffers among them, `parameters` the former alone;
     `results` what it gives, and `state` what it writes back, by place.
+
+    Args:
+        kept: positions of tensors in whose place the network puts others: its state.
     """
 
-    def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names):
+    def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names, kept: set[int]):
         *nodes, output = graph.nodes
         self.places = [node for node in nodes if node.op == "placeholder"]
         given = dict(zip(self.places, arguments, strict=True))
@@ -1176,26 +1195,32 @@ class Graph:
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
         self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f) and f.target is not torch.detach]
-        held: set[fx.Node] = set()  # buffers that hold activities from one call to the next
+        weights = {place for place, name in self.parameters.items() if name not in activities}
+        statistics = {place for place, name in self.names.items() if name in known.statistics}
+        # Activities: what the network is called with, what it keeps, and what is learned beside its weights. All else,
+        # such as a mask of a weight, is fixed.
+        active = {place for k, place in enumerate(self.places) if place.meta[GIVEN] or k in kept}
+        active |= self.learning | self.parameters.keys()
         while True:
-            self._read(known.statistics, activities, held)
+            self._read(weights, statistics, active)
             more = {p for p, n in self.state.items() if self.kinds[p] == FIXED and self.kinds[n] == ACTIVITY}
+            if not more and not self.layers:  # as where a network has its data in a buffer
+                more = {place for place in self.places if self.kinds[place] == FIXED and _flows(place)}
             if not more:
                 break
-            held |= more
+            active |= more
         self.last = next(reversed(self.layers.values()), None)
 
-    def _read(self, statistics: Names, activities: Names, held: set[fx.Node]) -> None:
+    def _read(self, weights: set[fx.Node], statistics: set[fx.Node], active: set[fx.Node]) -> None:
         self.kinds: dict[fx.Node, int] = {}
         self.layers: dict[fx.Node, Layer] = {}
         sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
         for place, name in self.names.items():
-            learned = place in self.parameters and name not in activities
-            if learned or name in statistics:
-                self.kinds[place], sources[place] = WEIGHT, frozenset([name] if learned else [])
+            if place in weights or place in statistics:
+                self.kinds[place], sources[place] = WEIGHT, frozenset([name] if place in weights else [])
             else:
-                buffer = name and place not in self.parameters and place not in held
-                self.kinds[place] = FIXED if buffer or not isinstance(place.meta.get("val"), Tensor) else ACTIVITY
+                tensor = isinstance(place.meta.get("val"), Tensor)
+                self.kinds[place] = ACTIVITY if tensor and place in active else FIXED
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
             self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
@@ -1208,16 +1233,22 @@ class Graph:
                 if (self.kinds[read] == ACTIVITY or loop) and sources.get(weight):
                     self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
 
+    def parts(self, node: fx.Node) -> list[fx.Node]:
+        """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
+        return [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
+
     def origin(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
         """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order."""
-        path: list[fx.Node] = []
-        while _operator(node) not in ACTIVATIONS:
-            parts = [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
-            if len(parts) != 1 or not _rearranges(node):
-                return None, []
-            path.insert(0, node)
-            node = parts[0]
-        return node, path
+        path, origins, more = set(), set(), [node]
+        while more:
+            if _operator(node := more.pop()) in ACTIVATIONS:
+                origins.add(node)
+            elif node not in path:
+                path.add(node)
+                more += (parts := self.parts(node))
+                if not parts or not _rearranges(node):
+                    return None, []
+        return (origins.pop(), sorted(path)) if len(origins) == 1 else (None, [])
 
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
@@ -1251,7 +1282,7 @@ class Graph:
         if node.meta["val"].is_complex():
             raise TypeError(f"noise finds real weights, not the complex ones of {', '.join(layer.names)}")
         while node.op != "placeholder":
-            parts = [part for part in node.all_input_nodes if self.kinds[part] == WEIGHT and _flows(part)]
+            parts = self.parts(node)
             if len(parts) != 1 or not (_rearranges(node) or _operator(node) in ("mul", "div")):
                 raise TypeError(
                     f"the network makes a weight of {', '.join(layer.names)} in a way that is not proportional "
@@ -1457,6 +1488,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
         modules = rule.known.modules.values()
         hooks = tuple(hook for m in modules for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held)
         drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
+        reason = None
         if rule.recorded is None:
             try:
                 return _enter(rule, inputs, keywords, hooks)
@@ -1466,7 +1498,8 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
                 try:
                     if proved:
                         raise _Refused("every call changes something that it depends on")
-                    _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
+                    replaced = _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
+                    capture.kept = {k for k, t in enumerate(arguments) if id(t) in replaced}
                     capture.proved.add(hooks)
                 except (TypeError, _Refused) as error:
                     reason = error
@@ -1476,7 +1509,12 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
                 random.setstate(drawn)
                 reason = refused
         if hooks not in (rule.recorded or ()):
-            _prove(network, inputs, keywords, _record, ())
+            try:
+                _prove(network, inputs, keywords, _record, ())
+            except TypeError as error:
+                if isinstance(reason, _Refused):
+                    raise TypeError(f"{error}. It was recorded, since torch cannot write it down: {reason}") from error
+                raise
             if rule.recorded is None:
                 rule.recorded = set()
                 warnings.warn(
@@ -1543,7 +1581,7 @@ class _Capture:
 
     def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
-        self.programs, self.proved = {}, set()
+        self.programs, self.proved, self.kept = {}, set(), set()
 
     def __call__(self, *arguments):
         rule, hooks = _now.rule, _now.hooks
@@ -1552,7 +1590,8 @@ class _Capture:
         names = tuple(rule.known.names.get(id(t)) for t in arguments)
         key = type(rule), _settings(rule), names
         if (program := self.programs.get(key)) is None:
-            program = self.programs[key] = _program(rule, _read(rule, self.root.graph, arguments), self.root)
+            read = _read(rule, self.root.graph, arguments, self.kept)
+            program = self.programs[key] = _program(rule, read, self.root)
         tensors = rule.tensors()
         values = [*arguments, *(tensors[name] for name in program.own)]
         with _autocast_off(arguments):
@@ -1568,9 +1607,9 @@ def _settings(rule: Rule) -> tuple:
     return number, *(value for value in vars(rule).values() if isinstance(value, str | int | float | tuple | None))
 
 
-def _read(rule: Rule, graph: fx.Graph, arguments: Iterable) -> Graph:
+def _read(rule: Rule, graph: fx.Graph, arguments: Iterable, kept: set[int]) -> Graph:
     """Raises TypeError where the rule cannot be right."""
-    read = Graph(graph, rule.known, arguments, rule.activities)
+    read = Graph(graph, rule.known, arguments, rule.activities, kept)
     if written := [name for place, name in read.parameters.items() if place in read.state]:
         raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
     if rule.layerwise:
@@ -1617,6 +1656,10 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
     with mode, torch.fx.traceback.preserve_node_meta(), _Spelling():
         made = make_fx(functools.partial(_functionalised, _Walk(module).run))(*values)
     _respell(made.graph)
+    for place, before in zip(
+        made.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        place.meta[GIVEN] = before.target.startswith(("L_inputs_", "L_keywords_"))  # as Dynamo names these arguments
     return made
 
 
@@ -1625,7 +1668,7 @@ def _functionalised(function: Callable, *values) -> Any:
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-    with FunctionalTensorMode():
+    with FunctionalTensorMode(), _unseen():
         inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
         results = pytree.tree_map(_outside, function(*inside))
         now = [_outside(value) for value in inside]
@@ -1674,12 +1717,21 @@ class _Spelling(TorchFunctionMode):
     recurrent layers as their products, which oneDNN and cuDNN have as one operator each."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = SPELLED.get(function, function)(*args, **(kwargs or {}))
-        return result if torch.is_grad_enabled() else pytree.tree_map_only(Tensor, _cut, result)
+        function, kwargs = SPELLED.get(function, function), kwargs or {}
+        if torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if getattr(function, "__name__", "") == "__get__":  # of an attribute
+            return _cut_all(function(*args))
+        return function(*_cut_all(args), **_cut_all(kwargs))  # what is written reaches what was cut
 
 
 def _cut(tensor: Tensor) -> Tensor:
-    return aten.detach_copy.default(tensor) if _differentiable(tensor) else tensor
+    """The stop-gradient, a view: functionalisation takes detach for an alias, but keeps this."""
+    return aten.squeeze.dims(tensor, ())
+
+
+def _cut_all(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: _cut(t) if t.requires_grad else t, values)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -1698,15 +1750,26 @@ def _bilinear(one: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None = 
 
 def _einsum(equation: Any, *parts: Any) -> Any:
     """A sum over an index of one entry alone is a product too: it becomes one over two entries."""
+    parts = parts[0] if len(parts) == 1 and isinstance(parts[0], list | tuple) else parts
     terms, arrow, result = str(equation).replace(" ", "").partition("->")
-    if arrow and "." not in terms and len(terms := terms.split(",")) == len(parts):
-        # A size that is not a number is never one.
-        ones = [(i, isinstance(size, int) and size == 1) for term, part in zip(terms, parts, strict=True)
-                for i, size in zip(term, part.shape, strict=True)]  # fmt: skip
-        alone = {i for i, one in ones if one and i not in result} - {i for i, one in ones if not one}
-        pads = [[end for i in reversed(term) for end in (0, int(i in alone))] for term in terms]
-        parts = [F.pad(part, pad) if any(pad) else part for part, pad in zip(parts, pads, strict=True)]
-    return torch.einsum(equation, *parts)
+    if len(terms := terms.split(",")) != len(parts):
+        return torch.einsum(equation, *parts)
+    places = []  # of every part, dimensions and the indices that they have
+    for term, part in zip(terms, parts, strict=True):
+        before, _, after = term.partition("...")
+        places.append([*enumerate(before), *((part.dim() - k, i) for k, i in enumerate(reversed(after), start=1))])
+    letters = "".join(terms)
+    sizes = [(i, part.shape[d]) for indices, part in zip(places, parts, strict=True) for d, i in indices]
+    # A size that is not a number is never one.
+    more = {i for i, size in sizes if not (isinstance(size, int) and size == 1)}
+    alone = {i for i in letters if (i not in result if arrow else letters.count(i) > 1)} - more
+
+    def padded(part: Tensor, indices: list) -> Tensor:
+        ends = {d for d, i in indices if i in alone}
+        pads = [end for d in reversed(range(part.dim())) for end in (0, int(d in ends))]
+        return F.pad(part, pads) if ends else part
+
+    return torch.einsum(equation, *map(padded, parts, places))
 
 
 def _unchecked(function: Callable, *args, **kwargs) -> Any:
@@ -1757,7 +1820,6 @@ RESPELLED = {
     aten._unsafe_view.default: aten.reshape.default,
     aten.bernoulli.p: bernoulli,
     aten.copy.default: copied,  # which has no derivative
-    aten.detach_copy.default: torch.detach,  # functionalisation takes detach for an alias
     aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
 }
 
@@ -1766,6 +1828,8 @@ def _respell(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.copy_.default:  # into an input: what reads the result reads what was written
             node.replace_all_uses_with(node.args[1])
+        if node.target is aten.squeeze.dims and not node.args[1]:
+            node.target, node.args = torch.detach, node.args[:1]
         if str(node.target) == "align_rules.function.default":
             node.target, node.args = _functions().pop(node.args[1]), (node.args[0],)
             node.target.__name__ = node.target.__qualname__ = "autograd_function"
@@ -1780,8 +1844,9 @@ def _autocast_off(arguments: Iterable):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> None:
-    """Check that what was written down gives, as backprop, the network's output and gradients.
+def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> set[int]:
+    """Check that what was written down gives, as backprop, the network's output, gradients and state; tell which
+    tensors it keeps no longer, by identity.
 
     Raises:
         TypeError: it does not, or that cannot be told.
@@ -1792,7 +1857,7 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
         for f in _tensors(output):
             if f.requires_grad:
                 sign = torch.randn(f.shape, generator=stream, dtype=f.dtype, device="cpu")
-                total = total + (f * sign.to(f.device)).sum().abs()
+                total = total + (f * sign.to(f.device)).sum().real
         return total
 
     given = (*network.parameters(), *_tensors((inputs, keywords, arguments)))
@@ -1806,7 +1871,16 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
             raise TypeError(f"torch cannot write {name} down: {_reason(error)}. {REMEDY}") from error
 
     calls = [functools.partial(network, *inputs, **keywords), written_down]
-    watched, (outputs, gradients), own = _compared(calls, loss, watched, network, (inputs, keywords))
+    # Below a weight of zeros all gradients are zero, and nothing would be told.
+    zeros = [(p, p.data) for p in network.parameters() if _differentiable(p) and not p.any()]
+    for k, (p, zero) in enumerate(zeros):
+        p.data = _normal_like(zero, 0.01, torch.Generator("cpu").manual_seed(k))
+    try:
+        compared = _compared(calls, loss, watched, network, (inputs, keywords, arguments))
+    finally:
+        for p, zero in zeros:
+            p.data = zero
+    _, replaced, (outputs, gradients, kept), own = compared
     if not outputs or len(own[0]) != len(outputs):
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
@@ -1814,16 +1888,18 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
     told = [f"output {k}" for k in range(len(outputs))]
     told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
-    shares = _shares(own[0], outputs) + _shares(own[1], gradients)
+    told.append("a buffer, or what else it keeps,")
+    shares = [*_shares(own[0], outputs), *_shares(own[1], gradients), max(_shares(own[2], kept), default=0.0)]
     kinds = {t.device.type for t in watched if torch.is_autocast_enabled(t.device.type)}
     precisions = {*(t.dtype for t in (*outputs, *watched)), *map(torch.get_autocast_dtype, kinds)}
     limit = max(_tolerance(precision, 1e-2, 0.3) for precision in precisions)
     for what, share in zip(told, shares, strict=True):
         if not share <= limit:
             raise TypeError(
-                f"torch writes {name} down wrongly, or it has hooks on tensors, or state elsewhere than in tensors and "
-                f"containers of its modules: {what} is off by {share:.2g} of its size. {REMEDY}"
+                f"torch writes {name} down wrongly, or it has hooks on tensors, draws that depend on values (RReLU), "
+                f"or state elsewhere than in its modules: {what} is off by {share:.2g} of its size. {REMEDY}"
             )
+    return replaced
 
 
 @contextlib.contextmanager
@@ -1875,7 +1951,8 @@ class _Record(TorchDispatchMode):
         for tensor in (*parameters.values(), *buffers.values(), *(leaves[k] for k in given)):
             value = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()  # to be written to
             stand_ins.append(value.requires_grad_(tensor.requires_grad))
-            self.arrived(value, tensor)
+            self.arrived(value, tensor, given=len(stand_ins) > len(parameters) + len(buffers))
+        before = _kept_by(network)
 
         def run(*tensors: Tensor) -> list[Tensor]:
             held = dict(zip((*parameters, *buffers), tensors, strict=False))
@@ -1883,16 +1960,22 @@ class _Record(TorchDispatchMode):
                 vars(held[name]).update(vars(parameter))
             for k, tensor in zip(given, tensors[len(held) :], strict=True):
                 leaves[k] = tensor
-            before = {id(m): dict(vars(m)) for m in network.modules()}
             output = torch.func.functional_call(network, now := dict(held), *pytree.tree_unflatten(leaves, structure))
             self.results, self.structure = pytree.tree_flatten(output)
-            # What the network keeps: tensors in attributes, and others in the places of buffers.
-            kept = [(vars(m), key, value) for m in network.modules() for key, value in vars(m).items()
-                    if isinstance(value, Tensor) and before[id(m)].get(key) is not value]  # fmt: skip
+            # What the network keeps: tensors in attributes and in their containers, others in the places of buffers.
+            kept = [(vars(m), key, *pytree.tree_flatten(value)) for m in network.modules()
+                    for key, value in vars(m).items() if isinstance(value, (Tensor, tuple, *CONTAINERS))]  # fmt: skip
             for path, _, key in (name.rpartition(".") for name in buffers if now[name] is not held[name]):
-                kept.append((network.get_submodule(path)._buffers, key, now[f"{path}.{key}".lstrip(".")]))
-            self.kept = [(place, key) for place, key, _ in kept]
-            self.traced = [*_tensors(self.results), *(value for *_, value in kept)]
+                value = now[f"{path}.{key}".lstrip(".")]
+                kept.append((network.get_submodule(path)._buffers, key, *pytree.tree_flatten(value)))
+            actual = {id(tensor): given for tensor, given in zip(tensors, self.arguments, strict=False)}
+            self.kept = [(place, key, [actual.get(id(leaf), leaf) for leaf in leaves], structure)
+                         for place, key, leaves, structure in kept
+                         if any(isinstance(leaf, FunctionalTensor) for leaf in leaves)]  # fmt: skip
+            traced = [leaf for *_, leaves, _ in self.kept for leaf in leaves if isinstance(leaf, FunctionalTensor)]
+            self.traced = [*_tensors(self.results), *traced]
+            still = {id(t) for t in _kept_by(network)} - {id(buffers[n]) for n in buffers if now[n] is not held[n]}
+            self.replaced = {id(t) for t in before} - still
             return self.traced
 
         with _Spelling(), self:
@@ -1908,17 +1991,24 @@ class _Record(TorchDispatchMode):
         """What the network returns, with these tensors in it; those that it keeps are put there."""
         tensors = iter(outputs)
         results = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.results]
-        for (place, key), value in zip(self.kept, tensors, strict=True):
-            place[key] = value
+        for place, key, leaves, structure in self.kept:
+            leaves = [next(tensors) if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
+            value = pytree.tree_unflatten(leaves, structure)
+            if isinstance(place[key], CONTAINERS):
+                _refill(place[key], value)
+            else:
+                place[key] = value
         return pytree.tree_unflatten(results, self.structure)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
 
-    def arrived(self, value: Tensor, argument: Tensor) -> fx.Node:
+    def arrived(self, value: Tensor, argument: Tensor, given: bool = False) -> fx.Node:
         """An input of the call, or a tensor from outside."""
         self.arguments.append(argument)
-        return self.noted(value, self.graph.placeholder(f"input_{len(self.arguments)}"))
+        place = self.graph.placeholder(f"input_{len(self.arguments)}")
+        place.meta[GIVEN] = given
+        return self.noted(value, place)
 
     def noted(self, value: Any, node: fx.Node) -> fx.Node:
         node.meta["val"] = self.values[node] = value  # which lives as long as this, and keeps its id
@@ -1939,9 +2029,20 @@ class _Record(TorchDispatchMode):
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
+    before = [(place, copy.copy(place)) for place in _places(rule.network)]
+    try:
+        return _recorded(rule, inputs, keywords)
+    except BaseException:
+        for place, kept in before:  # which may hold what was recorded
+            _refill(place, kept)
+        raise
+
+
+def _recorded(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     with _without_backward_hooks(rule.known.modules.values()):
         record = _Record(rule.network, inputs, keywords)
-    graph, tensors = _read(rule, record.graph, record.arguments), rule.tensors()
+    kept = {k for k, t in enumerate(record.arguments) if id(t) in record.replaced}
+    graph, tensors = _read(rule, record.graph, record.arguments, kept), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
 
     def call(function: Callable, *args, **kwargs) -> Any:
@@ -2024,29 +2125,56 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
+CONTAINERS = (dict, list, set, collections.deque)
+
+
+def _unseen():
+    """Hooks on what is saved for gradients, such as a checkpoint's around a rule, do not see what runs inside."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def _places(network: nn.Module) -> list:
+    """Where a network's modules can hold something: their attributes, and containers in these."""
+    places: list = [vars(module) for module in network.modules()]
+    seen = set(map(id, places))
+    for place in places:  # and those that are found on the way
+        for value in _held([place]):
+            inside = vars(value) if isinstance(value, types.SimpleNamespace) else value
+            if isinstance(inside, CONTAINERS) and id(inside) not in seen:
+                seen.add(id(inside))
+                places.append(inside)
+    return places
+
+
+def _held(places: Iterable) -> list:
+    return [value for place in places for value in (place.values() if isinstance(place, dict) else place)]
+
+
+def _refill(place: Any, content: Any) -> None:
+    place.clear()
+    (place.extend if isinstance(place, list | collections.deque) else place.update)(content)
+
+
+def _kept_by(network: nn.Module, values: Any = ()) -> list[Tensor]:
+    """The tensors, other than parameters, in these values and in the attributes of a network's modules."""
+    return [t for t in _tensors((values, [vars(m) for m in network.modules()])) if not isinstance(t, nn.Parameter)]
+
+
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module, values: Any = ()):
     """What runs inside leaves no trace in a network, in these tensors, in generators of random numbers."""
-    containers = (dict, list, set, collections.deque)
-    places = [held for module in network.modules() for held in (vars(module), module._buffers)]
-    places += [value for place in places for value in place.values() if isinstance(value, containers)]
-    before = [(place, copy.copy(place)) for place in places]
-    held = [value for _, kept in before for value in (kept.values() if isinstance(kept, dict) else kept)]
-    tensors = {
-        id(t): t for t in (*_tensors(values), *held) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
-    }
-    contents = [(t, t.detach().clone()) for t in tensors.values()]
+    before = [(place, copy.copy(place)) for place in _places(network)]
+    contents = [(t, t.detach().clone()) for t in _kept_by(network, values)]
     data = [(parameter, parameter.data) for parameter in network.parameters()]
-    states = [(write, read()) for read, write in _generators(held)]
+    states = [(write, read()) for read, write in _generators(_held(place for place, _ in before))]
     kind = next((p.device.type for p in network.parameters() if p.device.type not in ("cpu", "meta", "mps")), "cpu")
     devices = {p.device.index for p in network.parameters() if p.device.type == kind != "cpu"}
     try:
-        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), _unseen():
             yield
     finally:
         for place, kept in before:
-            place.clear()
-            (place.extend if isinstance(place, list | collections.deque) else place.update)(kept)
+            _refill(place, kept)
         for tensor, content in contents:
             with contextlib.suppress(RuntimeError):  # where entries share memory, which nothing can write to
                 tensor.data.copy_(content)

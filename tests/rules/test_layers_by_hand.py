@@ -41,8 +41,21 @@ def first(layer, a):
     return layer(a)[0]
 
 
+MASK = (torch.arange(12) % 3 > 0)[:, None].double() / 3
+
+
 def masked(layer, a):
     return a @ (layer.w * (torch.arange(12) % 3 > 0)[:, None] / 3)
+
+
+def masked_from_outside(layer, a):
+    """By tensors that are neither buffers nor inputs of the call."""
+    return a @ torch.where(layer.held[0], layer.w * MASK, 0)[layer.order]
+
+
+def holding(layer: nn.Module, **held) -> nn.Module:
+    vars(layer).update(held)
+    return layer
 
 
 KINDS = {
@@ -55,6 +68,11 @@ KINDS = {
     "a vector": (lambda: Own(w=(12,)), lambda layer, a: a @ layer.w, (12,)),
     "scaled by addmm": (lambda: Own(w=(12, 4)), lambda layer, a: torch.addmm(a[:, :4], a, layer.w, alpha=0.3), (12,)),
     "masked": (lambda: Own(w=(12, 4)), masked, (12,)),
+    "masked from outside": (
+        lambda: holding(Own(w=(12, 4)), held=[torch.arange(4) % 2 > 0], order=torch.arange(12).flip(0)),
+        masked_from_outside,
+        (12,),
+    ),
     "merged": (lambda: Own(w=(12, 4), a=(12, 2), c=(2, 4)), lambda layer, a: a @ (layer.w + layer.a @ layer.c), (12,)),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(12, 4)), call, (12,)),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(12, 4)).eval(), call, (12,)),

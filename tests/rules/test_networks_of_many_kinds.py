@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import align_rules
@@ -97,6 +98,35 @@ class LayerDrop(nn.Module):
             if random.random() < 0.7:
                 x = x + torch.tanh(block(x))
         return self.o(x)
+
+
+class Keeps(nn.Module):
+    """What it keeps is in a tuple and in a list, and what it computes depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.state, self.trace = nn.Linear(SIZE, 7), nn.Linear(7, CLASSES), (torch.ones(7), 0), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, count = self.state
+        h = torch.tanh(self.a(x)) * last
+        if h.sum() > 0:
+            h = 2 * h
+        self.state = (h.detach().mean(0), count + 1)
+        self.trace.append(h.detach())
+        return self.b(h)
+
+
+def averages(s, x: Tensor) -> Tensor:
+    """Of activities, written in place in several ways."""
+    h = torch.tanh(s.a(x))
+    with torch.no_grad():
+        s.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        s.mean[:2].add_(1)
+        s.last.copy_(h)
+    s.peak.data.copy_(torch.maximum(s.peak, h.amax(0)).detach())
+    s.peak.detach().add_(1)
+    return s.b(h - s.mean)
 
 
 def tied(s, words: Tensor) -> Tensor:
@@ -201,6 +231,10 @@ NETWORKS = {
                       vectors),
     "settles": (Settles, vectors),
     "layer drop": (LayerDrop, vectors),
+    "keeps": (Keeps, vectors),
+    "averages": (lambda: Function(averages, a=nn.Linear(SIZE, 7), b=nn.Linear(7, CLASSES),
+                                  mean=nn.Buffer(torch.ones(7)), last=nn.Buffer(torch.ones(BATCH, 7)),
+                                  peak=nn.Buffer(torch.ones(7))), vectors),
     "own draws": (OwnDraws, vectors),
     "frozen and fused": (lambda: Function(
         lambda s, x: s.o(s.t(x).mean(1)), o=nn.Linear(SIZE, CLASSES),
@@ -209,7 +243,7 @@ NETWORKS = {
         parametrised(lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"), SIZE, SIZE), nn.Tanh(),
         nn.Linear(SIZE, CLASSES)), vectors),
 }  # fmt: skip
-RECORDED = ("settles", "layer drop", "own draws", "packed")
+RECORDED = ("settles", "layer drop", "keeps", "own draws", "packed")
 KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
 
 
@@ -239,7 +273,7 @@ def test_backprop_at_initialisation(kind):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_the_state_of_the_network_is_that_of_plain_steps(kind):
-    """After two steps by plain backprop and by a rule's code: buffers, attributes, and random numbers after them."""
+    """After two steps by plain backprop and by a rule's code: tensors, numbers, and random numbers after them."""
     found = []
     for name in ("backprop", "align_zero", "last_layer"):
         torch.manual_seed(1)
@@ -251,7 +285,8 @@ def test_the_state_of_the_network_is_that_of_plain_steps(kind):
             for _ in range(2):
                 mean_square(rule(*inputs)).backward()
         numbers = [v for m in network.modules() for v in vars(m).values() if type(v) in (int, float, bool)]
-        found.append(([*network.buffers(), torch.rand(3)], [*numbers, random.random()]))
+        kept = [t for t in pytree.tree_leaves([vars(m) for m in network.modules()]) if isinstance(t, Tensor)]
+        found.append(([*kept, torch.rand(3)], [*numbers, random.random()]))
     for tensors, numbers in found[1:]:
         assert numbers == found[0][1]
         for tensor, other in zip(tensors, found[0][0], strict=True):
