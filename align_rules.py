@@ -173,7 +173,7 @@ def _recurrence(
 ) -> Tensor:
     """`recurrence`. Errors go back in time through `feedback`; without one through W, and nowhere if it is empty. What
     is sent to states in this way also goes to `path`, a tensor of their shape."""
-    states, state, weight = drive.clone(memory_format=torch.contiguous_format), s0, W.t()
+    states, state, weight = drive.clone(memory_format=torch.contiguous_format), s0, W.t().contiguous()
     for row in states.unbind():
         state = row.addmm_(state, weight).relu_()
     return states
@@ -190,17 +190,17 @@ def _back_in_time(ctx, gradient: Tensor):
     s0, W, states, feedback = ctx.saved_tensors
     of_s0, of_W, _, _, of_path = (*ctx.needs_input_grad, False, False)[:5]  # arguments left out are left out there
     back = W if feedback is None else feedback
-    slopes, sent = states.sign(), torch.zeros_like(states) if of_path else None
-    deltas, to_s0, to_W = gradient.clone(memory_format=torch.contiguous_format), None, None
+    slopes, sent, to_s0, to_W = states.sign(), torch.zeros_like(states) if of_path else None, None, None
+    deltas = slopes * gradient  # at first what comes from outside
     if back.numel():
-        delta = None
-        for t, (row, slope) in enumerate(zip(deltas.unbind()[::-1], slopes.unbind()[::-1], strict=True), start=1):
-            if delta is not None:
-                row.add_(torch.mm(delta, back, out=sent[-t])) if of_path else row.addmm_(delta, back)
-            delta = row.mul_(slope)
+        delta = deltas[-1]
+        if of_path:
+            for row, slope, path in zip(*(t.unbind()[-2::-1] for t in (deltas, slopes, sent)), strict=True):
+                delta = row.addcmul_(path.addmm_(delta, back), slope)
+        else:
+            for row, slope in zip(*(t.unbind()[-2::-1] for t in (deltas, slopes)), strict=True):
+                delta = row.addmm_(delta, back).mul_(slope)
         to_s0 = delta @ back if of_s0 else None
-    else:
-        deltas *= slopes
     if of_W:  # the sum over all steps in one product
         to_W = torch.addmm(deltas[0].t() @ s0, deltas[1:].flatten(0, 1).t(), states[:-1].flatten(0, 1))
     return to_s0, to_W, deltas, None, sent
@@ -232,7 +232,7 @@ def recurrence(s0: Tensor, W: Tensor, drive: Tensor) -> Tensor:
     if not len(drive) or (*s0.shape, *W.shape) != (*drive.shape[1:], *2 * drive.shape[2:]):
         shapes = [tuple(t.shape) for t in (s0, W, drive)]
         raise ValueError(f"s0, W, drive must be (batch, width), (width, width), (time, batch, width), not {shapes}")
-    return _recurrence(s0.to(drive.dtype), W.to(drive.dtype), drive)
+    return RECURRENCE(s0.to(drive.dtype), W.to(drive.dtype), drive)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules

@@ -13,6 +13,7 @@ import torch
 from comparing import assert_same
 from running import NO_NETWORK, command, fresh_script
 
+import train_add
 import train_cifar
 import train_imagenet
 from wide import UserError
@@ -89,6 +90,27 @@ def test_the_widest_first_where_that_shortens_the_whole(tmp_path):
     assert in_order(grid, pace, slots=2) == [wide, middle, narrow, narrow]
     assert in_order(grid, pace, slots=1) == grid
     assert in_order([*grid, wide], pace, slots=8) == [*grid, wide]
+
+
+@pytest.mark.parametrize(
+    ("cores", "chosen", "gain"),
+    [
+        (1, {}, None),
+        (2, {}, "1.7"),  # a core trains what makes 3 and 4 products, the other 4 and 1
+        (3, {}, "3.0"),
+        (3, {"threads": 2}, None),
+        (3, {"parallel": ParallelOptions()}, None),
+        (3, {"device": "meta"}, None),
+    ],
+)
+def test_the_gain_of_runs_side_by_side(tmp_path, monkeypatch, cores, chosen, gain):
+    monkeypatch.setattr(grid, "usable_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    chosen = {"device": "cpu"} | chosen
+    options = Options(1, "rnn", DataOptions(Path("data"), "published"), outputs=tmp_path, **chosen)
+    study = Study.of(train_add.SUBJECT, train_add.EXPERIMENTS, options, Machine(torch.device(chosen["device"]), "fp32"))
+    told = grid.gain_of_parallel(study, folders(tmp_path), Pace(300, EPOCHS, {8: 1.0}))
+    assert told == (f" (--parallel: about {gain} times as fast)" if gain else "")
 
 
 def test_machines_that_do_not_see_the_files(tmp_path):

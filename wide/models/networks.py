@@ -214,10 +214,9 @@ class RecurrentNetwork(nn.Module):
         self.initial_state = nn.Parameter(torch.zeros(batch, width))
 
     def forward(self, sequences: Tensor) -> Tensor:
-        # Time first, so that what a time step reads and writes lies together.
-        driven = self.input(sequences.T.unsqueeze(-1))  # (time, batch, width)
-        driven = driven + self.hidden.bias.to(driven.dtype)
-        state = self.initial_state.repeat(driven.shape[1] // len(self.initial_state), 1)
+        # Time first, so that what a time step reads and writes lies together: (time, batch, width).
+        driven = F.linear(sequences.T.unsqueeze(-1), self.input.used_weight(), self.hidden.bias)
+        state = self.initial_state.expand(driven.shape[1] // len(self.initial_state), -1, -1).flatten(0, 1)
         states = recurrence(state, self.hidden.used_weight(), driven)
         return self.readout(states).squeeze(-1).T
 

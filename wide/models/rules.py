@@ -24,10 +24,6 @@ def nothing_more(run: Run, network: nn.Module) -> dict[str, object]:
     return {}
 
 
-def nothing_between(rule: align_rules.Rule, inputs: Tensor) -> None:
-    pass
-
-
 @dataclasses.dataclass(frozen=True)
 class RuleSpec:
     """A rule, as scripts make and show it.
@@ -54,7 +50,7 @@ class RuleSpec:
     linestyle: str
     feedback: str | None = None
     arguments: Callable[[Run, nn.Module], Mapping[str, object]] = nothing_more
-    between_steps: Callable[[align_rules.Rule, Tensor], None] = nothing_between
+    between_steps: Callable[[align_rules.Rule, Tensor], None] | None = None
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     unsuited: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

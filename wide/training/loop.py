@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wide.models.networks import synchronise_normalisation
-from wide.models.rules import RULES, nothing_between
+from wide.models.rules import RULES
 from wide.runs.run import Run
 from wide.training.capture import Captured
 from wide.training.devices import exact, finish
@@ -52,7 +52,7 @@ class Training(Learner):
         Adam's bias correction is a number of Python's, the noise of a mirror step comes from the CPU, and a step of
         several batches or processes is made of parts.
         """
-        plain = RULES[self.run.rule].between_steps is nothing_between and type(self.optimizer) is torch.optim.SGD
+        plain = RULES[self.run.rule].between_steps is None and type(self.optimizer) is torch.optim.SGD
         return self.task.device.type == "cuda" and self.alone and plain
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -108,7 +108,8 @@ class Training(Learner):
                 for recorder in self.recorders:
                     recorder.gradients(self, inputs, targets)
         self.optimizer.step()
-        RULES[self.run.rule].between_steps(self.rule, inputs.new_zeros(self.run.batch_size, *inputs.shape[1:]))
+        if (between := RULES[self.run.rule].between_steps) is not None:
+            between(self.rule, inputs.new_zeros(self.run.batch_size, *inputs.shape[1:]))
         return self._joined(made or [(inputs.new_empty(0), targets, inputs.new_empty(()))])
 
     def _average_gradients(self, examples: int) -> None:
