@@ -79,11 +79,11 @@ def made_up(rule, width, seed):
 
 def test_findings_say_which_side_of_backprop_a_rule_is_on():
     text = headline.findings(PLAIN, runs(made_up))
-    assert text.startswith("**Fully connected, width 16 and width 64: backprop 62.0 % and 62.0 %; Align-ada 10.2 [")
+    assert text.startswith("**Fully connected, from width 16 to width 64: Align-ada goes from 10.2 [")
     _, low, high = intervals.of_mean([10.1, 10.2, 10.3])
-    assert f"Align-ada 10.2 [{low:.1f}, {high:.1f}] behind and 2.7 [" in text
-    assert "FA 1.8 [1.6, 2.0] ahead and 5.2 [5.0, 5.4] behind**" in text
-    assert "of 3 seeds" in text
+    assert f"from 10.2 [{low:.1f}, {high:.1f}] behind to 2.7 [" in text
+    assert "FA goes from 1.8 [1.6, 2.0] ahead to 5.2 [5.0, 5.4] behind**" in text
+    assert "backprop's 62.0 % and 62.0 %; mean [95% interval] of 3 seeds" in text
 
 
 def test_the_table():

@@ -11,10 +11,11 @@ from wide.results import intervals, judging
 from wide.results.judging import Setting
 from wide.results.keeping import Kept
 from wide.results.settings import AT_5, CENTRED, FEW, PLAIN
-from wide.results.studies import SEVEN
+from wide.results.studies import ALL, SEVEN
 
 # Lines and rows: what they are called, the rule, and where its rate is not the chosen one, that and how it is drawn.
-SHOWN = (*((RULES[rule].title, rule) for rule in SEVEN.split()), (OTHER := "Align-zero, rate 5", "align_zero"))
+SHOWN = (*((RULES[rule].title, rule) for rule in ALL.split()), (OTHER := "Align-zero, rate 5", "align_zero"))
+DRAWN = frozenset(SEVEN.split())  # in figures: the rules of the paper
 BACKPROP = RULES["backprop"].title
 STYLES = ((0, (1, 1)), "--", "-")  # of the baselines, from the worst
 
@@ -92,9 +93,10 @@ def draw(file: BinaryIO, plot: Plot, kept: list[Kept], baselines: Mapping[str, f
 def _draw(drawing, panel, rows: Values, axis: str) -> set[int]:
     """A line per rule; returns the numbers of seeds."""
     places = sorted({place for row in rows.values() for place in row})
-    for number, (name, row) in enumerate(rows.items()):
+    drawn = {name: row for name, row in rows.items() if dict(SHOWN)[name] in DRAWN}
+    for number, (name, row) in enumerate(drawn.items()):
         points = []
-        for x, place in zip(drawing.beside(sorted(row), number / len(rows), places), sorted(row), strict=True):
+        for x, place in zip(drawing.beside(sorted(row), number / len(drawn), places), sorted(row), strict=True):
             values = row[place].values()
             spread = statistics.stdev(values) if len(values) > 1 else 0
             points.append((x, statistics.fmean(values), spread, len(values)))
@@ -102,7 +104,7 @@ def _draw(drawing, panel, rows: Values, axis: str) -> set[int]:
     if places:
         drawing.logarithmic(panel, places, drawing.AXIS_LABELS[axis])
     drawing.plain(panel)
-    return {len(seeds) for row in rows.values() for seeds in row.values()}
+    return {len(seeds) for row in drawn.values() for seeds in row.values()}
 
 
 def findings(setting: Setting, kept: list[Kept]) -> str:
@@ -114,15 +116,15 @@ def findings(setting: Setting, kept: list[Kept]) -> str:
         return ""
     ends = (widths[0], widths[-1])
     parts = [
-        f"{RULES[rule].title} " + " and ".join(_behind(list(row[width].values())) for width in ends)
+        f"{RULES[rule].title} goes from {' to '.join(_behind(list(row[width].values())) for width in ends)}"
         for rule, row in found.items()
     ]
     backprop = by_rule({None: setting}, kept)["backprop"]
     levels = " and ".join(f"{statistics.fmean(backprop[width].values()):.1f} %" for width in ends)
     seeds = sorted({len(row[width]) for row in found.values() for width in ends})
     return (
-        f"**{setting.title}, width {ends[0]} and width {ends[1]}: backprop {levels}; {', '.join(parts)}** "
-        f"(points of test accuracy, mean [95% interval] of {' to '.join(map(str, seeds))} seeds)."
+        f"**{setting.title}, from width {ends[0]} to width {ends[1]}: {', '.join(parts)}** (points of test accuracy, "
+        f"beside backprop's {levels}; mean [95% interval] of {' to '.join(map(str, seeds))} seeds)."
     )
 
 
@@ -154,8 +156,11 @@ def table(kept: list[Kept], baselines: Mapping[str, float]) -> str:
     for name, row in values.items():
         lines.append(f"| {name} | " + " | ".join(_cell(row.get(width, {})) for width in widths) + " |")
     below = ", ".join(f"{name} {value:.1f}" for name, value in baselines.items())
-    centred = "[centred outputs](results/reports/mlp_centred.md), [little data](docs/little_data.png)"
-    return "\n".join([*lines, "", f"On the same images: {below}. Also: {centred}."])
+    others = (
+        "Kolen-Pollack alone has weight decay ([the same for others](results/reports/mlp_decay.md)). Also: "
+        "[centred outputs](results/reports/mlp_centred.md), [little data](docs/little_data.png)"
+    )
+    return "\n".join([*lines, "", f"On the same images: {below}. {others}."])
 
 
 def _cell(seeds: Mapping[int, float]) -> str:

@@ -122,6 +122,11 @@ STUDIES = (
         f"{MLP} --rules align_zero --learning-rates 5 --widths {WIDTHS} 4096 --seeds {SEEDS} {FIFTY}",
     ),
     Study(
+        "mlp_decay", "fully connected: accuracy at equal weight decay, 50 epochs, learning rate 5",
+        f"{MLP} --rules backprop align_ada kolen_pollack --widths 64 256 --learning-rates 5 --seeds {THREE_SEEDS} "
+        f"--weight-decay 0.0001 {FIFTY}",
+    ),
+    Study(
         "mlp_centred_rates", "fully connected, centred outputs: learning rates, 50 epochs",
         f"{MLP} --centred --rules {ALL} --widths 64 256 --learning-rates 5 2 1 10 --seeds 99 {FIFTY}",
     ),
