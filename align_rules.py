@@ -1482,32 +1482,18 @@ class _Unproved(Exception):
     """A graph that has not been checked; with the tensors that it was called with."""
 
 
-def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> Any:
+def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule: written down once for its kind, or recorded as it runs; checked where it is new."""
-    network = rule.network
+    network, reason = rule.network, None
     with _LOCK:
         _require_same_network(rule)
         # A graph is checked anew with other backward hooks, which may change gradients.
         modules = rule.known.modules.values()
         hooks = tuple(hook for m in modules for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held)
-        drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
-        reason = None
         if rule.recorded is None:
+            drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
             try:
-                return _enter(rule, inputs, keywords, hooks)
-            except _Unproved as unproved:
-                random.setstate(drawn)
-                capture, arguments = unproved.args
-                try:
-                    if proved:
-                        raise _Refused("every call changes something that it depends on")
-                    replaced = _prove(network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
-                    capture.kept = {k for k, t in enumerate(arguments) if id(t) in replaced}
-                    capture.proved.add(hooks)
-                except (TypeError, _Refused) as error:
-                    reason = error
-                else:
-                    return _called(rule, inputs, keywords, True)
+                return _written_down(rule, inputs, keywords, hooks, drawn)
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
@@ -1515,9 +1501,9 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
             try:
                 _prove(network, inputs, keywords, _record, ())
             except TypeError as error:
-                if isinstance(reason, _Refused):
-                    raise TypeError(f"{error}. It was recorded, since torch cannot write it down: {reason}") from error
-                raise
+                if reason is None or isinstance(reason.__cause__, TypeError):
+                    raise
+                raise TypeError(f"{error}. It was recorded, since torch cannot write it down: {reason}") from error
             if rule.recorded is None:
                 rule.recorded = set()
                 warnings.warn(
@@ -1526,6 +1512,25 @@ def _called(rule: Rule, inputs: tuple, keywords: dict, proved: bool = False) -> 
                 )  # fmt: skip
             rule.recorded.add(hooks)
         return _record(rule, inputs, keywords)
+
+
+def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn: tuple) -> Any:
+    """Raises _Refused where that cannot be."""
+    try:
+        return _enter(rule, inputs, keywords, hooks)
+    except _Unproved as unproved:
+        capture, arguments = unproved.args
+    random.setstate(drawn)
+    try:
+        replaced = _prove(rule.network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
+    except TypeError as error:
+        raise _Refused(error) from error
+    capture.kept = {k for k, t in enumerate(arguments) if id(t) in replaced}
+    capture.proved.add(hooks)
+    try:
+        return _enter(rule, inputs, keywords, hooks)
+    except _Unproved:
+        raise _Refused("every call changes something that it depends on") from None
 
 
 def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> Any:
