@@ -35,8 +35,9 @@ and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a ga
 divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
 complex B, and errors go back through the conjugate transpose. nn.Bilinear's activity is the outer product of its
 inputs. `recurrence` is a loop over layers as one operator. A product of two weights is no layer, nor is one of two
-activities (attention scores); a weight that an activity has scaled or picked out is an activity. Frozen parameters do
-not learn; errors go through their layers as through the others.
+activities (attention scores); a weight that an activity has scaled or picked out is an activity. Buffers, and other
+tensors from outside of which a weight is made (masks), are constants, unless the network puts activities there. Frozen
+parameters do not learn; errors go through their layers as through the others.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
@@ -93,7 +94,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import has_side_effect, map_arg
+from torch.fx.node import has_side_effect, map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1054,12 +1055,12 @@ def _compared(
 ) -> tuple:
     """What is differentiated, with leaves outside of a network; the tensors that the first call replaces, by identity;
     and of each of two calls outputs, gradients of a loss, and the tensors that the network and the values hold then."""
-    found, before = [], _kept_by(network)
+    found, before = [], _contents(network)
     for call in calls:
         with _undisturbed(network, values):
             output = call()
             if not found:
-                replaced = {id(t) for t in before} - {id(t) for t in _kept_by(network)}
+                replaced = _replaced(before)
                 leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
                 watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
             kept = [t.detach().clone() for t in _kept_by(network, values)]
@@ -1200,21 +1201,27 @@ class Graph:
         self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f) and f.target is not torch.detach]
         weights = {place for place, name in self.parameters.items() if name not in activities}
         statistics = {place for place, name in self.names.items() if name in known.statistics}
-        # Activities: what the network is called with, what it keeps, and what is learned beside its weights. All else,
-        # such as a mask of a weight, is fixed.
         active = {place for k, place in enumerate(self.places) if place.meta[GIVEN] or k in kept}
         active |= self.learning | self.parameters.keys()
+        # Other tensors are constants if they are buffers, or part of a weight, as masks are; or else activities.
+        self.outside = {place for place in self.places if not self.names[place] and _is_tensor(place)} - active
         while True:
-            self._read(weights, statistics, active)
+            constants, data = self._read(weights, statistics, active)
             more = {p for p, n in self.state.items() if self.kinds[p] == FIXED and self.kinds[n] == ACTIVITY}
-            if not more and not self.layers:  # as where a network has its data in a buffer
-                more = {place for place in self.places if self.kinds[place] == FIXED and _flows(place)}
+            if not more and not self.layers:  # as where a network holds its data
+                self.outside |= {place for place in self.places if self.kinds[place] == FIXED and _is_tensor(place)}
+                constants, data = self._read(weights, statistics, active)
+            more = more or data - constants - active or self.outside - constants - active
             if not more:
                 break
             active |= more
         self.last = next(reversed(self.layers.values()), None)
 
-    def _read(self, weights: set[fx.Node], statistics: set[fx.Node], active: set[fx.Node]) -> None:
+    def _read(self, weights: set[fx.Node], statistics: set[fx.Node], active: set[fx.Node]) -> tuple[set, set]:
+        """Returns outside places that the weights of layers are made of, and those that meet weights in products."""
+        constants: set[fx.Node] = set()
+        data: set[fx.Node] = set()
+        made: dict[fx.Node, frozenset] = {place: frozenset([place]) for place in self.outside - active}
         self.kinds: dict[fx.Node, int] = {}
         self.layers: dict[fx.Node, Layer] = {}
         sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
@@ -1222,19 +1229,24 @@ class Graph:
             if place in weights or place in statistics:
                 self.kinds[place], sources[place] = WEIGHT, frozenset([name] if place in weights else [])
             else:
-                tensor = isinstance(place.meta.get("val"), Tensor)
-                self.kinds[place] = ACTIVITY if tensor and place in active else FIXED
+                self.kinds[place] = ACTIVITY if _is_tensor(place) and place in active else FIXED
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
             self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
             if kind == WEIGHT:
                 sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
+            if kind != ACTIVITY:
+                made[node] = frozenset().union(*(made.get(part, ()) for part in node.all_input_nodes))
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
                 # A recurrence reads its own states, and may start at a constant.
                 loop = node.target is RECURRENCE and kind == ACTIVITY and self.kinds[read] == FIXED
                 if (self.kinds[read] == ACTIVITY or loop) and sources.get(weight):
                     self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
+                    constants |= made.get(weight, frozenset())
+                elif self.kinds[read] == FIXED and sources.get(weight):
+                    data |= made.get(read, frozenset())
+        return constants, data
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
@@ -1304,6 +1316,10 @@ def _rearranges(node: fx.Node) -> bool:
 
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _flows(node: fx.Node) -> bool:
@@ -1507,7 +1523,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
             if rule.recorded is None:
                 rule.recorded = set()
                 warnings.warn(
-                    f"{type(network).__name__} is recorded anew at every call, at some 20 us an operator, since torch "
+                    f"{type(network).__name__} is recorded anew at every call, at some 0.3 ms an operator, since torch "
                     f"cannot write it down: {reason}", stacklevel=_depth()
                 )  # fmt: skip
             rule.recorded.add(hooks)
@@ -1543,7 +1559,8 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
         rule.entry = _entry(kinds, tuple((name, p.shape) for name, p in parameters.items()))
     _now.rule, _now.hooks, _now.read = rule, hooks, None
     try:
-        with _SETTINGS, _without_backward_hooks(rule.known.modules.values()):
+        inference = torch.inference_mode(torch.is_inference_mode_enabled())  # also where the network's ends in an error
+        with _SETTINGS, _without_backward_hooks(rule.known.modules.values()), inference:
             result = rule.entry(rule.network, inputs, keywords)
     except (RuntimeError, AssertionError) as error:  # as Dynamo's are
         if _now.read:
@@ -1882,7 +1899,7 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     # Below a weight of zeros all gradients are zero, and nothing would be told.
     zeros = [(p, p.data) for p in network.parameters() if _differentiable(p) and not p.any()]
     for k, (p, zero) in enumerate(zeros):
-        p.data = _normal_like(zero, 0.01, torch.Generator("cpu").manual_seed(k))
+        p.data = _normal_like(zero, 0.01, torch.Generator("cpu").manual_seed(k)).abs()
     try:
         compared = _compared(calls, loss, watched, network, (inputs, keywords, arguments))
     finally:
@@ -1952,6 +1969,7 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
+        self.given = {id(t) for t in _tensors_within((inputs, keywords))}
         parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
         leaves, structure = pytree.tree_flatten((inputs, keywords))
         given = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -1959,8 +1977,8 @@ class _Record(TorchDispatchMode):
         for tensor in (*parameters.values(), *buffers.values(), *(leaves[k] for k in given)):
             value = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()  # to be written to
             stand_ins.append(value.requires_grad_(tensor.requires_grad))
-            self.arrived(value, tensor, given=len(stand_ins) > len(parameters) + len(buffers))
-        before = _kept_by(network)
+            self.arrived(value, tensor)
+        before = _contents(network)
 
         def run(*tensors: Tensor) -> list[Tensor]:
             held = dict(zip((*parameters, *buffers), tensors, strict=False))
@@ -1971,8 +1989,10 @@ class _Record(TorchDispatchMode):
             output = torch.func.functional_call(network, now := dict(held), *pytree.tree_unflatten(leaves, structure))
             self.results, self.structure = pytree.tree_flatten(output)
             # What the network keeps: tensors in attributes and in their containers, others in the places of buffers.
-            kept = [(vars(m), key, *pytree.tree_flatten(value)) for m in network.modules()
-                    for key, value in vars(m).items() if isinstance(value, (Tensor, tuple, *CONTAINERS))]  # fmt: skip
+            places = [place for place in _places(network) if not isinstance(place, set)]
+            kept = [(place, key, *pytree.tree_flatten(value)) for place in places
+                    for key, value in (place.items() if isinstance(place, dict) else enumerate(place))
+                    if isinstance(value, Tensor | tuple)]  # fmt: skip
             for path, _, key in (name.rpartition(".") for name in buffers if now[name] is not held[name]):
                 value = now[f"{path}.{key}".lstrip(".")]
                 kept.append((network.get_submodule(path)._buffers, key, *pytree.tree_flatten(value)))
@@ -1982,13 +2002,12 @@ class _Record(TorchDispatchMode):
                          if any(isinstance(leaf, FunctionalTensor) for leaf in leaves)]  # fmt: skip
             traced = [leaf for *_, leaves, _ in self.kept for leaf in leaves if isinstance(leaf, FunctionalTensor)]
             self.traced = [*_tensors(self.results), *traced]
-            still = {id(t) for t in _kept_by(network)} - {id(buffers[n]) for n in buffers if now[n] is not held[n]}
-            self.replaced = {id(t) for t in before} - still
+            self.replaced = _replaced(before) | {id(buffers[n]) for n in buffers if now[n] is not held[n]}
             return self.traced
 
         with _Spelling(), self:
             results = _functionalised(run, *stand_ins)
-        if any(isinstance(node, BackwardCFunction) for node in _nodes_behind(self.traced)):
+        if any(isinstance(node, BackwardCFunction) for node in _nodes_behind(self.traced, self.arguments)):
             raise TypeError(
                 f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}"
             )
@@ -2002,20 +2021,17 @@ class _Record(TorchDispatchMode):
         for place, key, leaves, structure in self.kept:
             leaves = [next(tensors) if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
             value = pytree.tree_unflatten(leaves, structure)
-            if isinstance(place[key], CONTAINERS):
-                _refill(place[key], value)
-            else:
-                place[key] = value
+            place[key] = value
         return pytree.tree_unflatten(results, self.structure)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
 
-    def arrived(self, value: Tensor, argument: Tensor, given: bool = False) -> fx.Node:
+    def arrived(self, value: Tensor, argument: Tensor) -> fx.Node:
         """An input of the call, or a tensor from outside."""
         self.arguments.append(argument)
         place = self.graph.placeholder(f"input_{len(self.arguments)}")
-        place.meta[GIVEN] = given
+        place.meta[GIVEN] = id(argument) in self.given
         return self.noted(value, place)
 
     def noted(self, value: Any, node: fx.Node) -> fx.Node:
@@ -2026,7 +2042,7 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs or {}))
+        args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
         node = self.noted(result, self.graph.call_function(operation, args, kwargs))
         frame = sys._getframe(_depth() - 1)
         node.meta["stack_trace"] = f'File "{frame.f_code.co_filename}", line {frame.f_lineno}'
@@ -2037,7 +2053,7 @@ class _Record(TorchDispatchMode):
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
-    before = [(place, copy.copy(place)) for place in _places(rule.network)]
+    before = _contents(rule.network)
     try:
         return _recorded(rule, inputs, keywords)
     except BaseException:
@@ -2165,16 +2181,44 @@ def _refill(place: Any, content: Any) -> None:
     (place.extend if isinstance(place, list | collections.deque) else place.update)(content)
 
 
+def _tensors_within(values: Any) -> list[Tensor]:
+    """Those in objects, too."""
+    found, seen, more = [], set(), [values]
+    while more:
+        for leaf in pytree.tree_leaves(more.pop()):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | Callable):
+                seen.add(id(leaf))
+                more.append(dict(vars(leaf)))
+    return found
+
+
+def _contents(network: nn.Module) -> list[tuple[Any, Any]]:
+    return [(place, copy.copy(place)) for place in _places(network)]
+
+
+def _replaced(before: list[tuple[Any, Any]]) -> set[int]:
+    """By identity, the tensors of places that hold others now; of a list, all."""
+    found: list[Any] = []
+    for place, kept in before:
+        if isinstance(place, dict):
+            found += [value for key, value in kept.items() if place.get(key) is not value]
+        elif len(place) != len(kept) or any(one is not other for one, other in zip(place, kept, strict=True)):
+            found += kept
+    return {id(t) for t in _tensors(found)}
+
+
 def _kept_by(network: nn.Module, values: Any = ()) -> list[Tensor]:
-    """The tensors, other than parameters, in these values and in the attributes of a network's modules."""
-    return [t for t in _tensors((values, [vars(m) for m in network.modules()])) if not isinstance(t, nn.Parameter)]
+    """The tensors, other than parameters, in these values and where a network's modules can hold something."""
+    return [t for t in _tensors((values, _held(_places(network)))) if not isinstance(t, nn.Parameter)]
 
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module, values: Any = ()):
     """What runs inside leaves no trace in a network, in these tensors, in generators of random numbers."""
-    before = [(place, copy.copy(place)) for place in _places(network)]
-    contents = [(t, t.detach().clone()) for t in _kept_by(network, values)]
+    before = _contents(network)
+    contents = [(t, t.detach().clone()) for t in {id(t): t for t in _kept_by(network, values)}.values()]
     data = [(parameter, parameter.data) for parameter in network.parameters()]
     states = [(write, read()) for read, write in _generators(_held(place for place, _ in before))]
     kind = next((p.device.type for p in network.parameters() if p.device.type not in ("cpu", "meta", "mps")), "cpu")

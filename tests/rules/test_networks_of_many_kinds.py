@@ -6,6 +6,7 @@ network, for every parameter, for the inputs, and at every later call with anoth
 
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,35 @@ def test_the_state_of_the_network_is_that_of_plain_steps(kind):
         assert numbers == found[0][1]
         for tensor, other in zip(tensors, found[0][0], strict=True):
             torch.testing.assert_close(tensor, other)
+
+
+class Remembers(nn.Module):
+    """Reads the newest entry of a list to which every call appends, and an input that an object holds."""
+
+    def __init__(self, recorded: bool):
+        super().__init__()
+        self.a, self.b, self.c, self.o = (nn.Linear(n, m) for n, m in ((SIZE, 7), (7, 7), (SIZE, 7), (7, CLASSES)))
+        self.past, self.own, self.recorded = [torch.zeros(BATCH, SIZE)], SimpleNamespace(h=torch.zeros(7)), recorded
+
+    def forward(self, x: Tensor, more: SimpleNamespace) -> Tensor:
+        h = torch.tanh(self.b(torch.tanh(self.a(self.past[-1]))) + self.c(more.x))
+        self.past.append(x)
+        if self.recorded and x.sum() > -1e9:
+            self.own.h = h.detach().mean(0)
+        return self.o(h)
+
+
+@pytest.mark.filterwarnings("ignore:.*recorded anew")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_layers_on_what_is_remembered_and_on_what_objects_hold(recorded):
+    network = Remembers(recorded)
+    rule = align_rules.FeedbackAlignment(network)
+    for _ in range(2):
+        text = rule.explain(*vectors(), SimpleNamespace(x=vectors()[0]))
+        assert all(f"{name}.weight" in text for name in "abco")
+        rule(*vectors(), SimpleNamespace(x=vectors()[0]))
+    assert type(network.own.h) is Tensor
+    assert len(network.past) == 3
 
 
 def test_state_is_known_by_whatever_name():
