@@ -300,11 +300,10 @@ class Rule(nn.Module):
         with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
             behind = _nodes_behind(_tensors(_called(self, inputs, keywords)))
         graph, program = _now.read
-        shape = {n: n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ()) for n in graph.kinds}
+        shape = {n: tuple(n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ())) for n in graph.kinds}
         rows = [("layer", "activity -> output", "error enters at")]
         for k in graph.layers.values():
-            sizes = f"{(*shape[k.activity],)} -> {(*shape[k.node],)}"
-            rows.append((", ".join(k.names), sizes, self.enters(graph, k)))
+            rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", self.enters(graph, k)))
         first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
         others = collections.Counter(
             _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
@@ -1905,7 +1904,7 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     finally:
         for p, zero in zeros:
             p.data = zero
-    _, replaced, (outputs, gradients, kept), own = compared
+    watched, replaced, (outputs, gradients, kept), own = compared
     if not outputs or len(own[0]) != len(outputs):
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
@@ -1962,10 +1961,11 @@ def _depth() -> int:
 class _Record(TorchDispatchMode):
     """A call of a network, carried out and written down operator by operator, for this call alone.
 
-    `arguments` are the tensors that its graph's places stand for, `values` what was computed.
+    `arguments` are the tensors that its graph's places stand for, `values` what was computed, `before` the network's
+    `_contents`.
     """
 
-    def __init__(self, network: nn.Module, inputs: tuple, keywords: dict):
+    def __init__(self, network: nn.Module, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
@@ -1978,7 +1978,6 @@ class _Record(TorchDispatchMode):
             value = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()  # to be written to
             stand_ins.append(value.requires_grad_(tensor.requires_grad))
             self.arrived(value, tensor)
-        before = _contents(network)
 
         def run(*tensors: Tensor) -> list[Tensor]:
             held = dict(zip((*parameters, *buffers), tensors, strict=False))
@@ -2020,8 +2019,7 @@ class _Record(TorchDispatchMode):
         results = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.results]
         for place, key, leaves, structure in self.kept:
             leaves = [next(tensors) if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
-            value = pytree.tree_unflatten(leaves, structure)
-            place[key] = value
+            place[key] = pytree.tree_unflatten(leaves, structure)
         return pytree.tree_unflatten(results, self.structure)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
@@ -2055,16 +2053,16 @@ def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
     before = _contents(rule.network)
     try:
-        return _recorded(rule, inputs, keywords)
+        return _recorded(rule, inputs, keywords, before)
     except BaseException:
         for place, kept in before:  # which may hold what was recorded
             _refill(place, kept)
         raise
 
 
-def _recorded(rule: Rule, inputs: tuple, keywords: dict) -> Any:
+def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]) -> Any:
     with _without_backward_hooks(rule.known.modules.values()):
-        record = _Record(rule.network, inputs, keywords)
+        record = _Record(rule.network, inputs, keywords, before)
     kept = {k for k, t in enumerate(record.arguments) if id(t) in record.replaced}
     graph, tensors = _read(rule, record.graph, record.arguments, kept), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}

@@ -291,6 +291,20 @@ def test_a_checkpoint_around_a_rule(name):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:.*recorded anew")
+def test_a_learned_tensor_outside_of_a_recorded_network():
+    """It is found behind the output, and checked and differentiated like an input."""
+    gain = torch.ones(7, requires_grad=True)
+
+    class Scales(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x) * gain) if x.sum() > -1e9 else x
+
+    network, x = Scales(nn.Linear(6, 7), nn.Linear(7, 3)), torch.randn(5, 6)
+    found = [torch.autograd.grad(call(x).square().sum(), gain) for call in (align_rules.AlignProp(network), network)]
+    torch.testing.assert_close(*found)
+
+
 class Fails(nn.Sequential):
     """Depends on values; keeps an activity, and then fails, if it is told to."""
 
