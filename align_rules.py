@@ -8,14 +8,13 @@ The rules of Boopathy & Fiete, "How to Train Your Wide Neural Network Without Ba
 Perspective" (ICML 2022, arXiv 2106.08453), those it compares with, and their nearest relatives. This file imports torch
 only and can be copied alone into another project.
 
-A *layer* is a product (matrix product or convolution) of an activity, which depends on what the network is called with
-or on the state that it keeps, with something that is made of parameters and constants, its *weight*. All else (biases,
-normalisation, activation functions, pooling, additions, products of activities, look-up) is differentiated as it
-stands. Backprop sends the error delta at a layer's output on to its input through the transpose of its weight. A rule
-sends something else there, or forms the weight's gradient with something else; that is all that distinguishes the
-rules. With e the gradient of the loss at the network's output, W the current weight, W0 the initial one, B a random
-one, a the layer's input, and an index 0 for what the same network computes and sends back with its initial parameters
-(section 4):
+A *layer* is a product (matrix product or convolution) of an activity with something that is made of parameters and
+constants, its *weight*. All else (biases, normalisation, activation functions, pooling, additions, products of
+activities, look-up) is differentiated as it stands. Backprop sends the error delta at a layer's output on to its input
+through the transpose of its weight. A rule sends something else there, or forms the weight's gradient with something
+else; that is all that distinguishes the rules. With e the gradient of the loss at the network's output, W the current
+weight, W0 the initial one, B a random one, a the layer's input, and an index 0 for what the same network computes and
+sends back with its initial parameters (section 4):
 
     rule                     error sent to the layer's input          weight gradient        memory beside the network
     Backprop                 W^T delta                                delta a^T              -
@@ -32,12 +31,17 @@ one, a the layer's input, and an index 0 for what the same network computes and 
 Weights. B, M and W0 stand in for parameters and go through all that the network makes of these before they meet an
 activity: scaling, masks, casts, W + A C of an adapter (B for all three), slices of packed attention and of LSTM, GRU
 and RNN. Tied weights share one B. In weight norm B stands in for v, and g, a gain, for itself; in spectral norm B is
-divided by its own norm along the network's vectors u and v; standardised weights standardise B. Complex weights have
-complex B, and errors go back through the conjugate transpose. nn.Bilinear's activity is the outer product of its
-inputs. `recurrence` is a loop over layers as one operator. A product of two weights is no layer, nor is one of two
-activities (attention scores); a weight that an activity has scaled or picked out is an activity. Buffers, and other
-tensors from outside of which a weight is made (masks), are constants, unless the network puts activities there. Frozen
-parameters do not learn; errors go through their layers as through the others.
+divided by its own norm along u and v, the network's vectors (in training after a power iteration with B); standardised
+weights standardise B. Complex weights have complex B, and errors go back through the conjugate transpose. nn.Bilinear's
+activity is the outer product of its inputs. `recurrence` is a loop over layers as one operator. Frozen parameters do
+not learn; errors go through their layers as through the others.
+
+Activities are what depends on the inputs of the call and on the state that the network keeps. What is made of
+parameters, constants (buffers, masks) and random draws alone is a weight where a layer uses it as one; where it meets
+activities otherwise, its products are layers too: positions, noise or zeros that go through layers, a memory that the
+network is given in an attribute. (Memory that one kind of call writes and another reads must be an input.) Of two
+parameters the one is the weight that is one elsewhere too, else name the other: `added`. A product of two activities
+is no layer (attention scores), nor is a penalty of weights; a weight that an activity has scaled is an activity.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
@@ -72,6 +76,7 @@ import collections
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -91,7 +96,7 @@ import torch._dynamo
 import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import has_side_effect, map_aggregate, map_arg
@@ -259,7 +264,7 @@ class Rule(nn.Module):
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
     back = "W"  # what carries errors back through a layer, in words
-    recorded: set | None = None  # hooks with which calls were checked, of a network that Dynamo cannot write down
+    recorded: Mapping = types.MappingProxyType({})  # kinds of recorded calls that were checked; whether always recorded
 
     def __init__(self, network: nn.Module, activities: Names = ()):
         super().__init__()
@@ -300,28 +305,33 @@ class Rule(nn.Module):
         with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
             behind = _nodes_behind(_tensors(_called(self, inputs, keywords)))
         graph, program = _now.read
-        shape = {n: tuple(n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ())) for n in graph.kinds}
+        shapes = {n: n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ()) for n in graph.kinds}
+        shape = {n: "x".join(map(str, size)) or "1" for n, size in shapes.items()}
         rows = [("layer", "activity -> output", "error enters at")]
         for k in graph.layers.values():
             rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", self.enters(graph, k)))
-        first, second = (min(max(len(row[k]) for row in rows), 48) for k in range(2))
+        second = max(len(row[1]) for row in rows)
+        first = min(max(len(row[0]) for row in rows), max(56 - second, 24))
         others = collections.Counter(
             _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
         )
         learning = {id(n.variable) for n in behind if hasattr(n, "variable")}
         told = {
-            "differentiated as they stand": [f"{name} {n}" for name, n in others.items()],
+            "differentiated as they stand": [f"{name} {n}" for name, n in others.items() if name != "detach"],
+            "stop-gradients": [str(others["detach"])] if others["detach"] else [],
             "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
             "do not learn": [n for n, p in self.network.named_parameters() if id(p) not in learning],
         }
         lines = [f"{type(self).__name__} on {type(self.network).__name__}: errors go back through {self.back}", ""]
-        lines += [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
+        for name, *row in rows:
+            name = name if len(name) <= first else f"{name}\n{'':<{first}}"
+            lines.append(f"{name:<{first}}  {row[0]:<{second}}  {row[1]}")
         for title, parts in told.items():
-            lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 99)] if parts else []
+            lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 80)] if parts else []
         return "\n".join([*lines, program.code] if code and program else lines)
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key not in ("known", "entry", "recorded")}
+        return {key: value for key, value in vars(self).items() if key not in ("known", "recorded")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # of a deep copy, or from a pickle
@@ -370,6 +380,9 @@ class LastLayer(Rule):
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
         return draft.outputs(draft.follow(now))
 
+    def enters(self, graph: "Graph", layer: "Layer") -> str:
+        return "-"
+
 
 class FeedbackAlignment(Rule):
     """The error goes back through fixed random weights in place of the transposed ones (Lillicrap et al., 2016).
@@ -416,8 +429,10 @@ class FeedbackAlignment(Rule):
 
     def derive(self, draft: "Draft") -> list:
         for layer in draft.graph.layers.values():
-            if not set(layer.names) & set(self.names):
-                raise ValueError(f"the weight {layer.names} has no feedback; give feedback={{{layer.names[0]!r}: ...}}")
+            if not set(layer.names) & set(self.names) and draft.graph.kinds[layer.activity] != FIXED:
+                raise ValueError(
+                    f"the weight {layer.names} has no feedback; give it two dimensions, or feedback for it"
+                )
         B = draft.stand_ins(self.names)
         now = draft.follow(draft.places, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
         return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]
@@ -494,6 +509,9 @@ class SignSymmetry(FeedbackAlignment):
         if chosen == "brSF":
             self.register_buffer("seed", _seed(generator))
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    def enters(self, graph: "Graph", layer: "Layer") -> str:
+        return "its input" + (", through W" if set(layer.names) & set(self.exact) else "")
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
         constant = (2 / (sum(parameter.shape[:2]) * math.prod(parameter.shape[2:]))) ** 0.5
@@ -680,7 +698,7 @@ class DirectFeedbackAlignment(Rule):
     def derive(self, draft: "Draft") -> list:
         graph, now = draft.graph, {**draft.places}
         if len(graph.results) != 1:
-            raise TypeError("DirectFeedbackAlignment needs one tensor that the network returns, and none that it keeps")
+            raise TypeError("DFA needs one output that learns; detach the others, and what the network keeps")
         result, ends, inside = graph.results[0], [], set()  # inside: of a block that has not ended
         examples = result.meta["val"].movedim(self.batch_dim or 0, 0).shape[:1] if result.meta["val"].dim() else ()
 
@@ -711,11 +729,11 @@ class DirectFeedbackAlignment(Rule):
                 activation = node.args[0] if _operator(node) == "getitem" else node
                 if _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
                     end(node)
-        draft.put_back(now)
         if result not in inside:
             raise ValueError("the network ends in an activation, behind which e is not seen; apply that outside of it")
         data = [value for place, value in draft.places.items() if _flows(place) and not graph.names[place]]
         now[result] = draft.call(DirectFeedbackAlignment.direct, draft.own("rule"), now[result], ends, data)
+        draft.put_back(now)
         return draft.outputs(now)
 
     def direct(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> Tensor:
@@ -958,7 +976,8 @@ def verify(
 
     Raises:
         RuntimeError: the output or some gradients differ; it names the parameters.
-        ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment, SignSymmetry's brSF).
+        ValueError: the rule is backprop nowhere (LastLayer, DirectFeedbackAlignment, SignSymmetry's brSF), or all
+            gradients of backprop are zero or NaN.
     """
     fed: list[Tensor] = []
 
@@ -974,12 +993,19 @@ def verify(
             parameter.data = parameter.data.clone()
         if double:
             rule.double()
+        for parameter in rule.network.parameters():
+            parameter.data = _not_zero(parameter.data)
+        held = rule.initial.named() if isinstance(rule, _FromInitial) else rule.feedback_weights()
+        for tensor in (tensor for name, tensor in held.items() if name in rule.known.parameters):
+            tensor.data.copy_(_not_zero(tensor.data))
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
-        watched, _, (outputs, gradients, kept), own = _compared(
+        watched, (outputs, gradients, kept), own = _compared(
             calls, loss_function, [*learning.values(), *fed], rule.network, (inputs, keywords)
         )
+    if not any(g is not None and g.isfinite().all() and g.any() for g in gradients):
+        raise ValueError("nothing can be compared: all gradients of this loss by backprop are zero or NaN")
     limit = max(_tolerance(t.dtype, 1e-3, 0.1) for t in outputs) if tolerance is None else tolerance
     if not all(share <= limit for share in _shares(own[0], outputs)):
         raise RuntimeError("the rule's output is not the network's own")
@@ -1052,19 +1078,25 @@ def layer_weights(network: nn.Module) -> dict[str, Tensor]:
 def _compared(
     calls: list[Callable], loss_function: Callable, watched: list[Tensor], network: nn.Module, values: Any
 ) -> tuple:
-    """What is differentiated, with leaves outside of a network; the tensors that the first call replaces, by identity;
-    and of each of two calls outputs, gradients of a loss, and the tensors that the network and the values hold then."""
-    found, before = [], _contents(network)
+    """What is differentiated, with leaves outside of a network; and of each of two calls outputs, gradients of a loss,
+    and the tensors that the network and the values hold then."""
+    found = []
     for call in calls:
         with _undisturbed(network, values):
             output = call()
             if not found:
-                replaced = _replaced(before)
                 leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
                 watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
             kept = [t.detach().clone() for t in _kept_by(network, values)]
-            found.append((_tensors(output), _gradients(loss_function(output), watched), kept))
-    return watched, replaced, *found
+            gradients = _gradients(loss_function(output), watched)
+            found.append(([f.detach().clone() for f in _tensors(output)], gradients, kept))
+    return watched, *found
+
+
+def _not_zero(weight: Tensor) -> Tensor:
+    """Below a weight of zeros all gradients are zero, and nothing could be compared."""
+    zero = _differentiable(weight) and not weight.any()
+    return _normal_like(weight, 0.01, torch.Generator("cpu").manual_seed(0)).abs() if zero else weight
 
 
 def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
@@ -1180,13 +1212,14 @@ class Graph:
     """A call of a network, read: what each of its nodes is made of (`kinds`), and which are `layers`, in order.
 
     `places` are its inputs, `names` those of parameters and buffers among them, `parameters` the former alone;
-    `results` what it gives, and `state` what it writes back, by place.
+    `results` what it gives that learns, `state` what it writes back, by place, and `kept` the places in which it puts
+    others; `unclear` products of two weights that meet activities without being weights themselves.
 
     Args:
-        kept: positions of tensors in whose place the network puts others: its state.
+        replaced: of tensors in whose place the network puts others, these, by positions (`_replaced`).
     """
 
-    def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names, kept: set[int]):
+    def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names, replaced: Mapping):
         *nodes, output = graph.nodes
         self.places = [node for node in nodes if node.op == "placeholder"]
         given = dict(zip(self.places, arguments, strict=True))
@@ -1197,33 +1230,36 @@ class Graph:
         self.state = {place: node.args[1] for node, place in writes.items()}
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
-        self.results = [f for f in self.output if isinstance(f, fx.Node) and _flows(f) and f.target is not torch.detach]
         weights = {place for place, name in self.parameters.items() if name not in activities}
         statistics = {place for place, name in self.names.items() if name in known.statistics}
-        active = {place for k, place in enumerate(self.places) if place.meta[GIVEN] or k in kept}
-        active |= self.learning | self.parameters.keys()
-        # Other tensors are constants if they are buffers, or part of a weight, as masks are; or else activities.
-        self.outside = {place for place in self.places if not self.names[place] and _is_tensor(place)} - active
+        active = {place for place in self.places if place.meta[GIVEN]} | self.learning | self.parameters.keys()
+        put = [(place, [node]) for place, node in self.state.items()]
+        tensors = [*self.places, *self.output]
+        self.kept = {tensors[k] for k in replaced}
+        put += [(tensors[k], [tensors[n] for n in others]) for k, others in replaced.items()]
+        starts: set[tuple[fx.Node, fx.Node]] = set()
         while True:
-            constants, data = self._read(weights, statistics, active)
-            more = {p for p, n in self.state.items() if self.kinds[p] == FIXED and self.kinds[n] == ACTIVITY}
-            if not more and not self.layers:  # as where a network holds its data
-                self.outside |= {place for place in self.places if self.kinds[place] == FIXED and _is_tensor(place)}
-                constants, data = self._read(weights, statistics, active)
-            more = more or data - constants - active or self.outside - constants - active
-            if not more:
+            first = self._read(weights, statistics, active, starts)
+            more = {
+                p for p, nodes in put if self.kinds[p] == FIXED and any(self.kinds.get(n) == ACTIVITY for n in nodes)
+            }
+            if not more and first is None:
                 break
             active |= more
+            starts |= {first} if first and not more else set()
         self.last = next(reversed(self.layers.values()), None)
+        self.reached = set(self.learning)  # by what is learned, with a gradient
+        for node in self.nodes:
+            if node.target is not torch.detach and _flows(node) and not self.reached.isdisjoint(node.all_input_nodes):
+                self.reached.add(node)
+        self.results = [f for f in self.output if self.kinds.get(f) == ACTIVITY and f in self.reached]
 
-    def _read(self, weights: set[fx.Node], statistics: set[fx.Node], active: set[fx.Node]) -> tuple[set, set]:
-        """Returns outside places that the weights of layers are made of, and those that meet weights in products."""
-        constants: set[fx.Node] = set()
-        data: set[fx.Node] = set()
-        made: dict[fx.Node, frozenset] = {place: frozenset([place]) for place in self.outside - active}
+    def _read(self, weights: set, statistics: set, active: set, starts: set) -> tuple[fx.Node, fx.Node] | None:
+        """Returns the first layer whose activity no input has reached, with that, if it is not among `starts` yet."""
         self.kinds: dict[fx.Node, int] = {}
         self.layers: dict[fx.Node, Layer] = {}
         sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
+        others = []  # products of constants and weights, or of weights
         for place, name in self.names.items():
             if place in weights or place in statistics:
                 self.kinds[place], sources[place] = WEIGHT, frozenset([name] if place in weights else [])
@@ -1232,20 +1268,32 @@ class Graph:
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
             self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
-            if kind == WEIGHT:
-                sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
-            if kind != ACTIVITY:
-                made[node] = frozenset().union(*(made.get(part, ()) for part in node.all_input_nodes))
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
-                # A recurrence reads its own states, and may start at a constant.
-                loop = node.target is RECURRENCE and kind == ACTIVITY and self.kinds[read] == FIXED
-                if (self.kinds[read] == ACTIVITY or loop) and sources.get(weight):
+                if sources.get(weight) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
                     self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
-                    constants |= made.get(weight, frozenset())
-                elif self.kinds[read] == FIXED and sources.get(weight):
-                    data |= made.get(read, frozenset())
-        return constants, data
+                    self.kinds[node] = kind = ACTIVITY
+                elif sources.get(weight):
+                    others.append((node, read, weight))
+            if kind == WEIGHT:
+                sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
+        # What layers' weights are made of, and what else meets activities; all, where nothing is one.
+        weighing, meeting = {layer.weight for layer in self.layers.values()}, set()
+        for node in reversed(self.nodes):
+            layer = self.layers.get(node)
+            parts = {part for part in node.all_input_nodes if not layer or part is not layer.weight}
+            weighing |= parts if node in weighing else set()
+            meeting |= parts if self.kinds[node] == ACTIVITY or node in meeting else set()
+        at_large = [k for k in others if k[0] not in weighing and k[0] not in self.layers]
+        at_large = [k for k in at_large if k[0] in meeting or self.kinds[k[0]] == ACTIVITY or not self.layers]
+        self.unclear = {node for node, read, _ in at_large if sources.get(read)}
+        # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
+        known = {name for layer in self.layers.values() for name in layer.names}
+        clear = (
+            (node, read) for node, read, weight in at_large
+            if self.kinds[read] == FIXED or (sources[weight] <= known and not sources[read] & known)
+        )  # fmt: skip
+        return next(clear, None)
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
@@ -1267,12 +1315,9 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        reached, differentiated, more = set(self.learning), set(), [*self.results]
-        for node in self.nodes:
-            if node.target is not torch.detach and _flows(node) and not reached.isdisjoint(node.all_input_nodes):
-                reached.add(node)
+        differentiated, more = set(), [*self.results]
         while more:
-            if (node := more.pop()) in reached and node not in differentiated:
+            if (node := more.pop()) in self.reached and node not in differentiated:
                 differentiated.add(node)
                 more += node.all_input_nodes
         for node in self.nodes:
@@ -1281,7 +1326,8 @@ class Graph:
             met = [self.kinds[node.args[k]] for k in PRODUCTS.get(node.target, [()])[0]]  # factors, not what is added
             known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
             known |= bool(met) and ACTIVITY not in met and node.target is not RECURRENCE
-            if node in differentiated and self.kinds[node] == ACTIVITY and learned and not known:
+            wrong = node in self.unclear or (self.kinds[node] == ACTIVITY and learned and not known)
+            if node in differentiated and wrong:
                 found.append(f"{_operator(node)} at {_line(node)}")
         if found:
             raise TypeError(
@@ -1329,7 +1375,9 @@ def _flows(node: fx.Node) -> bool:
 
 def _may_draw_inside(node: fx.Node) -> bool:
     """Whether it is a function of activities that can draw random numbers itself."""
-    return _operator(node).startswith(("_scaled_dot_product", "rrelu", *REPARAMETERISED))
+    foreign = getattr(node.target, "namespace", "aten") not in ("aten", "prims", "align_rules")
+    names = ("_scaled_dot_product", "rrelu", "autograd_function", *REPARAMETERISED)
+    return foreign or _operator(node).startswith(names)
 
 
 def _draws(node: fx.Node) -> bool:
@@ -1366,7 +1414,7 @@ class Draft:
     """
 
     def __init__(self, graph: Graph, call: Callable, own: Callable[[str], Any], places: Iterable, fixed: dict):
-        self.graph, self.call, self.own, self.fixed = graph, call, own, fixed
+        self.graph, self.call, self.own, self.fixed, self.states = graph, call, own, fixed, {}
         self.held = dict(zip(graph.places, places, strict=True))
         self.places = self.held | {place: call(torch.clone, self.held[place]) for place in graph.state}
 
@@ -1417,6 +1465,12 @@ class Draft:
                 _require_repeatable(node)
             if node not in values:
                 layer = self.graph.layers.get(node) if at_layer else None
+                if initial and node in self.states:
+                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                    values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
+                    continue
+                if _may_draw_inside(node):
+                    self.states[node] = self.call(_generators_now)
                 values[node] = at_layer(layer, values) if layer else self.again(node, values)
             if stand_ins is not None and self.graph.kinds[node] == WEIGHT:
                 stand_ins[node] = self.again(node, collections.ChainMap(stand_ins, values))
@@ -1441,16 +1495,32 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
+def _set_generators(cpu: Tensor, cuda: list[Tensor]) -> None:
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)
+
+
+def _generators_now() -> tuple:
+    """States of torch's generators of random numbers."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _with_draws_again(function: Callable) -> Callable:
+    """From states of generators and a function's arguments its value, with the random draws that these states give."""
+
+    def from_states(states: tuple, *args, **kwargs) -> Any:
+        now = _generators_now()
+        try:
+            _set_generators(*states)
+            return function(*args, **kwargs)
+        finally:
+            _set_generators(*now)
+
+    return from_states
+
+
 def _require_repeatable(node: fx.Node) -> None:
     """Raise TypeError for an activity of which an initial network would compute another kind of thing."""
-    if _may_draw_inside(node):
-        names = [argument.name for argument in node.target._schema.arguments]
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        if given.get("dropout_p") or given.get("training") or _operator(node) in REPARAMETERISED:
-            raise TypeError(
-                f"{_operator(node)} at {_line(node)} draws random numbers inside, which a second run cannot repeat; "
-                "set its dropout to 0, or use torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-            )
     by_value = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
     if node.target is aten.index.Tensor:  # by places, but for masks
         by_value = any(part is not None and part.meta["val"].dtype == torch.bool for part in node.args[1])
@@ -1475,15 +1545,16 @@ _SETTINGS = torch._dynamo.config.patch(
 _FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.Function
 _INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 _COUNT = itertools.count()
-MANY = 16  # captures of networks of one kind, of which a user should know
+MANY = 16  # captures in a row, after which calls are recorded
 _LOCK = threading.RLock()  # one call at a time
 
 
 class _Now(threading.local):
     """The call that this thread is in: its rule, the backward hooks of its network (None: proof is being taken), and
-    when it has run its graph and the rule's code."""
+    when it has run its graph and the rule's code; when proof is being taken, what the graph gave."""
 
     rule = hooks = read = None
+    outputs: Iterable[Tensor] = ()
 
 
 _now = _Now()
@@ -1491,6 +1562,10 @@ _now = _Now()
 
 class _Refused(Exception):
     """torch cannot write a call down; why."""
+
+
+class _Unasked(_Refused):
+    """Or is not asked to, at this call."""
 
 
 class _Unproved(Exception):
@@ -1505,71 +1580,97 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
         # A graph is checked anew with other backward hooks, which may change gradients.
         modules = rule.known.modules.values()
         hooks = tuple(hook for m in modules for held in (m._backward_hooks, m._backward_pre_hooks) for hook in held)
-        if rule.recorded is None:
+
+        def kind() -> tuple:
+            return hooks, tuple((module.training, len(module._forward_hooks)) for module in modules)
+
+        if not (rule.recorded and rule.recorded.get(kind())):
             drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
+            known, before = rule.known, rule.known.in_a_row
             try:
-                return _written_down(rule, inputs, keywords, hooks, drawn)
+                output = _written_down(rule, inputs, keywords, hooks, drawn)
+                known.in_a_row = 0 if known.in_a_row == before else known.in_a_row
+                return output
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
-        if hooks not in (rule.recorded or ()):
+        if kind() not in rule.recorded:
             try:
                 _prove(network, inputs, keywords, _record, ())
             except TypeError as error:
                 if reason is None or isinstance(reason.__cause__, TypeError):
                     raise
                 raise TypeError(f"{error}. It was recorded, since torch cannot write it down: {reason}") from error
-            if rule.recorded is None:
-                rule.recorded = set()
+            if not rule.recorded:
                 warnings.warn(
-                    f"{type(network).__name__} is recorded anew at every call, at some 0.3 ms an operator, since torch "
+                    f"{type(network).__name__} is recorded anew at every call, at some 0.1 ms an operator, since torch "
                     f"cannot write it down: {reason}", stacklevel=_depth()
                 )  # fmt: skip
-            rule.recorded.add(hooks)
+            rule.recorded = {**rule.recorded, kind(): not isinstance(reason, _Unasked)}
+        if isinstance(reason, _Unasked):  # it may be asked the next time, by an entry that it has not put aside
+            _entry.cache_clear()
+            rule.known.entry = None
         return _record(rule, inputs, keywords)
 
 
 def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn: tuple) -> Any:
     """Raises _Refused where that cannot be."""
-    try:
-        return _enter(rule, inputs, keywords, hooks)
-    except _Unproved as unproved:
-        capture, arguments = unproved.args
-    random.setstate(drawn)
-    try:
-        replaced = _prove(rule.network, inputs, keywords, lambda *call: _enter(*call, None), arguments)
-    except TypeError as error:
-        raise _Refused(error) from error
-    capture.kept = {k for k, t in enumerate(arguments) if id(t) in replaced}
-    capture.proved.add(hooks)
-    try:
-        return _enter(rule, inputs, keywords, hooks)
-    except _Unproved:
-        raise _Refused("every call changes something that it depends on") from None
+
+    def as_backprop(*call) -> Any:
+        before = _contents(rule.network)
+        result = _enter(*call, None)
+        capture.replaced = _replaced(before, arguments, _now.outputs)
+        return result
+
+    for _ in range(3 if rule.known.in_a_row < MANY else 0):  # the first call may make what later ones find
+        try:
+            return _enter(rule, inputs, keywords, hooks)
+        except _Unproved as unproved:
+            capture, arguments = unproved.args
+        random.setstate(drawn)
+        try:
+            _prove(rule.network, inputs, keywords, as_backprop, arguments)
+        except TypeError as error:
+            raise _Refused(error) from error
+        finally:
+            _now.outputs = ()
+        capture.proved.add(hooks)
+    raise _Refused("it depends on what is another at every call (a number or list of Python, a size; make it a tensor)")
 
 
 def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> Any:
     """By way of Dynamo."""
-    if not hasattr(rule, "entry"):
-        modules, parameters = rule.known.modules, rule.known.parameters
-        if any(isinstance(value, random.Random) for m in modules.values() for value in vars(m).values()):
-            raise _Refused("its draws from a random.Random of its own would be constants")
-        kinds = tuple((name, type(module)) for name, module in modules.items())
-        rule.entry = _entry(kinds, tuple((name, p.shape) for name, p in parameters.items()))
+    known, distribution = rule.known, torch.distributions.Distribution
+    # Its checks of values cannot be written down; Dynamo would leave them off for ever.
+    validates, distribution._validate_args = distribution._validate_args, False
     _now.rule, _now.hooks, _now.read = rule, hooks, None
     try:
+        if known.entry is None:
+            known.entry = _entry_of(known)
         inference = torch.inference_mode(torch.is_inference_mode_enabled())  # also where the network's ends in an error
         with _SETTINGS, _without_backward_hooks(rule.known.modules.values()), inference:
-            result = rule.entry(rule.network, inputs, keywords)
+            # Dynamo does not notice that an attribute is there now, where a network tries it; it does notice a string.
+            objects = [v for v in (*inputs, *keywords.values()) if not isinstance(v, Tensor) and hasattr(v, "__dict__")]
+            attributes = repr([sorted(vars(value)) for value in objects])
+            result = known.entry(rule.network, inputs, keywords, attributes)
     except (RuntimeError, AssertionError) as error:  # as Dynamo's are
         if _now.read:
             raise
-        raise _Refused(_reason(error)) from error
+        watched = torch._C._len_torch_dispatch_stack()
+        raise (_Unasked if watched else _Refused)(_reason(error)) from error
     finally:
-        _now.rule = None
+        _now.rule, distribution._validate_args = None, validates
     if not _now.read:
-        raise _Refused("torch.compile is switched off here, or another mode watches what torch is called for")
+        raise _Unasked("torch.compile is switched off here, or another mode watches what torch is called for")
     return result
+
+
+def _entry_of(known: "_Anatomy") -> Callable:
+    modules, parameters = known.modules, known.parameters
+    if any(isinstance(value, random.Random) for m in modules.values() for value in vars(m).values()):
+        raise _Refused("its draws from a random.Random of its own would be constants")
+    kinds = tuple((name, type(module)) for name, module in modules.items()), *known.code()
+    return _entry(kinds, tuple((name, p.shape) for name, p in parameters.items()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -1584,19 +1685,15 @@ def _entry(*_kind) -> Callable:
 
 
 def _captured(torch_graph: fx.GraphModule, example_inputs: list) -> Callable:
-    captures = _now.rule.entry.captures
+    captures = _now.rule.known.entry.captures
     captures.append(capture := _Capture(torch_graph))
-    if len(captures) == MANY:
-        warnings.warn(
-            f"{type(_now.rule.network).__name__} has been written down {MANY} times, each time for a second or more: a "
-            "number or list of Python, or a size, is another at every call; make it a tensor", stacklevel=_depth()
-        )  # fmt: skip
+    _now.rule.known.in_a_row += 1
     held = weakref.ref(capture)  # what Dynamo holds it never lets go
     return lambda *arguments: held()(*arguments)
 
 
-def _call_network(network, inputs, keywords):
-    return network(*inputs, **keywords)
+def _call_network(network, inputs, keywords, attributes):
+    return network(*inputs, **keywords) if attributes is not None else None
 
 
 class _Capture:
@@ -1605,7 +1702,7 @@ class _Capture:
 
     def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
-        self.programs, self.proved, self.kept = {}, set(), set()
+        self.programs, self.proved, self.replaced = {}, set(), {}
 
     def __call__(self, *arguments):
         rule, hooks = _now.rule, _now.hooks
@@ -1614,30 +1711,44 @@ class _Capture:
         names = tuple(rule.known.names.get(id(t)) for t in arguments)
         key = type(rule), _settings(rule), names
         if (program := self.programs.get(key)) is None:
-            read = _read(rule, self.root.graph, arguments, self.kept)
+            read = _read(rule, self.root.graph, arguments, self.replaced)
             program = self.programs[key] = _program(rule, read, self.root)
-        tensors = rule.tensors()
+        _now.read, tensors = (program.read, program), rule.tensors()
         values = [*arguments, *(tensors[name] for name in program.own)]
         with _autocast_off(arguments):
             outputs = (program.forward if hooks is None else _compiled(program, rule.compiler, values))(*values)
-        _now.read = program.read, program
+        _now.outputs = outputs if hooks is None else ()
         return outputs
 
 
 def _settings(rule: Rule) -> tuple:
     """What `derive` may depend on beside the network: what the rule holds but tensors and modules. A rule of another's
     may hold more, and shares no code."""
-    number = rule.known.number if type(rule).__module__ != __name__ else None
-    return number, *(value for value in vars(rule).values() if isinstance(value, str | int | float | tuple | None))
+    held = vars(rule).values()
+    own = type(rule).__module__ != __name__ or any(isinstance(f, types.FunctionType | types.MethodType) for f in held)
+    functions = (
+        getattr(type(rule), name, None) for name in ("derive", "layer", "from_initial", "initially", "entrance")
+    )
+    settings = (value for value in held if isinstance(value, str | int | float | tuple | None))
+    return rule.known.number if own else None, *functions, *settings
 
 
-def _read(rule: Rule, graph: fx.Graph, arguments: Iterable, kept: set[int]) -> Graph:
+def _read(rule: Rule, graph: fx.Graph, arguments: Iterable, replaced: Mapping) -> Graph:
     """Raises TypeError where the rule cannot be right."""
-    read = Graph(graph, rule.known, arguments, rule.activities, kept)
+    read = Graph(graph, rule.known, arguments, rule.activities, replaced)
     if written := [name for place, name in read.parameters.items() if place in read.state]:
         raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
     if rule.layerwise:
         read.require_layers()
+        known = set(rule.known.parameters.values())
+        for place, t in zip(read.places, arguments, strict=True):
+            strange = isinstance(t, Tensor) and t.requires_grad and not (read.names[place] or place.meta[GIVEN])
+            behind = {getattr(node, "variable", None) for node in _nodes_behind([t])} if strange else ()
+            if strange and place not in read.kept and (isinstance(t, nn.Parameter) or not known.isdisjoint(behind)):
+                raise TypeError(
+                    f"the network uses a learned tensor {tuple(t.shape)} that is none of its parameters: register it "
+                    "(in an nn.ModuleList), make weights within the call, or hand it over as an input"
+                )
     return read
 
 
@@ -1692,10 +1803,13 @@ def _functionalised(function: Callable, *values) -> Any:
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-    with FunctionalTensorMode():
-        inside = [FunctionalTensor.to_functional(v) if isinstance(v, Tensor) else v for v in values]
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        inside = [_inside(value) for value in values]
         results = pytree.tree_map(_outside, function(*inside))
         now = [_outside(value) for value in inside]
+    finally:
+        torch._disable_functionalization()
     with torch.no_grad():
         for value, new in zip(values, now, strict=True):
             if isinstance(value, Tensor) and new is not value:
@@ -1703,11 +1817,23 @@ def _functionalised(function: Callable, *values) -> Any:
     return results
 
 
+def _inside(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    inside = torch._to_functional_tensor(value)
+    torch._mirror_autograd_meta_to(value, inside)
+    return inside
+
+
 def _outside(value: Any) -> Any:
-    if not isinstance(value, FunctionalTensor):
+    if not _is_inside(value):
         return value
     torch._sync(value)
-    return torch._from_functional_tensor(value.elem)
+    return torch._from_functional_tensor(value)
+
+
+def _is_inside(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._is_functional_tensor(value)
 
 
 class _Walk(fx.Interpreter):
@@ -1800,6 +1926,16 @@ def _unchecked(function: Callable, *args, **kwargs) -> Any:
     return function(*args, **kwargs)[0]
 
 
+def _read_off(function: Callable, tensor: Tensor, *args, **kwargs) -> Any:
+    return function(_outside(tensor).detach(), *args, **kwargs)
+
+
+def _with_writes(function: Callable, *args, **kwargs) -> Any:
+    """By the operators of torch's Python, which tell that they write into running statistics."""
+    with enable_python_dispatcher():
+        return function(*args, **kwargs)
+
+
 def _as_products(function: Callable, *args) -> Any:
     # What packed sequences have of batch sizes is read, not computed with.
     args = pytree.tree_map_only(Tensor, lambda t: t if _differentiable(t) else _outside(t), args)
@@ -1820,10 +1956,14 @@ def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, 
 SPELLED = {
     torch._VF._pad_packed_sequence: _padded,
     **{f: functools.partial(_as_products, f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **{f: functools.partial(_with_writes, f)
+       for f in (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)},
     **{f: functools.partial(_unchecked, g) for f, g in (
         (torch.linalg.inv, torch.linalg.inv_ex), (torch.inverse, torch.linalg.inv_ex),
         (torch.linalg.solve, torch.linalg.solve_ex), (torch.linalg.cholesky, torch.linalg.cholesky_ex),
     )},
+    # Numbers that leave torch are those of this call, as with item().
+    **{f: functools.partial(_read_off, f) for f in (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__repr__)},
     torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, torch._C._autograd._get_data_attr: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
@@ -1848,6 +1988,10 @@ RESPELLED = {
 }
 
 
+# What eager torch checks of values.
+CHECKED = aten.linalg_inv_ex.default, aten._linalg_solve_ex.default, aten.linalg_cholesky_ex.default
+
+
 def _respell(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.copy_.default:  # into an input: what reads the result reads what was written
@@ -1857,6 +2001,8 @@ def _respell(graph: fx.Graph) -> None:
         if str(node.target) == "align_rules.function.default":
             node.target, node.args = _functions().pop(node.args[1]), (node.args[0],)
             node.target.__name__ = node.target.__qualname__ = "autograd_function"
+        elif node.target in CHECKED:
+            node.kwargs = {**node.kwargs, "check_errors": True}
         elif node.op == "call_function":
             node.target = RESPELLED.get(node.target, node.target)
     graph.eliminate_dead_code()
@@ -1868,9 +2014,8 @@ def _autocast_off(arguments: Iterable):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> set[int]:
-    """Check that what was written down gives, as backprop, the network's output, gradients and state; tell which
-    tensors it keeps no longer, by identity.
+def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> None:
+    """Check that what was written down gives, as backprop, the network's output, gradients and state.
 
     Raises:
         TypeError: it does not, or that cannot be told.
@@ -1895,16 +2040,15 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
             raise TypeError(f"torch cannot write {name} down: {_reason(error)}. {REMEDY}") from error
 
     calls = [functools.partial(network, *inputs, **keywords), written_down]
-    # Below a weight of zeros all gradients are zero, and nothing would be told.
-    zeros = [(p, p.data) for p in network.parameters() if _differentiable(p) and not p.any()]
-    for k, (p, zero) in enumerate(zeros):
-        p.data = _normal_like(zero, 0.01, torch.Generator("cpu").manual_seed(k)).abs()
+    zeros = [(p, p.data) for p in network.parameters()]
+    for p, zero in zeros:
+        p.data = _not_zero(zero)
     try:
         compared = _compared(calls, loss, watched, network, (inputs, keywords, arguments))
     finally:
         for p, zero in zeros:
             p.data = zero
-    watched, replaced, (outputs, gradients, kept), own = compared
+    watched, (outputs, gradients, kept), own = compared
     if not outputs or len(own[0]) != len(outputs):
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
@@ -1920,10 +2064,10 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     for what, share in zip(told, shares, strict=True):
         if not share <= limit:
             raise TypeError(
-                f"torch writes {name} down wrongly, or it has hooks on tensors, draws that depend on values (RReLU), "
-                f"or state elsewhere than in its modules: {what} is off by {share:.2g} of its size. {REMEDY}"
+                f"torch writes {name} down wrongly, or it has hooks on tensors, gradients of its own "
+                "(torch.autograd.grad), draws that depend on values (RReLU) or from generators elsewhere, or state "
+                f"elsewhere than in its modules' attributes: {what} is off by {share:.2g} of its size. {REMEDY}"
             )
-    return replaced
 
 
 @contextlib.contextmanager
@@ -1958,50 +2102,43 @@ def _depth() -> int:
 # ------------------------------------------------------------------------------------------------ the graph: recording
 
 
+_TRACED = object()  # in the place of a tensor that a recorded call gives
+
+
 class _Record(TorchDispatchMode):
     """A call of a network, carried out and written down operator by operator, for this call alone.
 
     `arguments` are the tensors that its graph's places stand for, `values` what was computed, `before` the network's
-    `_contents`.
+    `_contents`. In the network's places stand others while it runs, whose writes are seen.
     """
 
     def __init__(self, network: nn.Module, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
-        self.given = {id(t) for t in _tensors_within((inputs, keywords))}
-        parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
-        leaves, structure = pytree.tree_flatten((inputs, keywords))
-        given = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        stand_ins = []
-        for tensor in (*parameters.values(), *buffers.values(), *(leaves[k] for k in given)):
-            value = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()  # to be written to
-            stand_ins.append(value.requires_grad_(tensor.requires_grad))
-            self.arrived(value, tensor)
+        self.given = {id(t) for t in _kept_by(inputs, keywords)}
+        held = {id(t): t for t in _tensors((_held(place for place, _ in before), inputs))}
+        stand_ins = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in held.values()]
+        for stand_in, tensor in zip(stand_ins, held.values(), strict=True):
+            self.arrived(stand_in, tensor)
 
         def run(*tensors: Tensor) -> list[Tensor]:
-            held = dict(zip((*parameters, *buffers), tensors, strict=False))
-            for name, parameter in parameters.items():
-                vars(held[name]).update(vars(parameter))
-            for k, tensor in zip(given, tensors[len(held) :], strict=True):
-                leaves[k] = tensor
-            output = torch.func.functional_call(network, now := dict(held), *pytree.tree_unflatten(leaves, structure))
-            self.results, self.structure = pytree.tree_flatten(output)
-            # What the network keeps: tensors in attributes and in their containers, others in the places of buffers.
-            places = [place for place in _places(network) if not isinstance(place, set)]
-            kept = [(place, key, *pytree.tree_flatten(value)) for place in places
-                    for key, value in (place.items() if isinstance(place, dict) else enumerate(place))
-                    if isinstance(value, Tensor | tuple)]  # fmt: skip
-            for path, _, key in (name.rpartition(".") for name in buffers if now[name] is not held[name]):
-                value = now[f"{path}.{key}".lstrip(".")]
-                kept.append((network.get_submodule(path)._buffers, key, *pytree.tree_flatten(value)))
-            actual = {id(tensor): given for tensor, given in zip(tensors, self.arguments, strict=False)}
-            self.kept = [(place, key, [actual.get(id(leaf), leaf) for leaf in leaves], structure)
-                         for place, key, leaves, structure in kept
-                         if any(isinstance(leaf, FunctionalTensor) for leaf in leaves)]  # fmt: skip
-            traced = [leaf for *_, leaves, _ in self.kept for leaf in leaves if isinstance(leaf, FunctionalTensor)]
-            self.traced = [*_tensors(self.results), *traced]
-            self.replaced = _replaced(before) | {id(buffers[n]) for n in buffers if now[n] is not held[n]}
+            inside = dict(zip(held, tensors, strict=True))
+            for key, tensor in inside.items():
+                vars(tensor).update(vars(held[key]))
+            _exchange(before, inside)
+            output = network(*_exchanged(inputs, inside), **keywords)
+            after = _contents(network, inputs, keywords)
+            _exchange(after, {id(t): held[key] for key, t in inside.items()})
+            self.leaves, self.structure = pytree.tree_flatten(output)
+            self.kept = [
+                (place, key, *pytree.tree_flatten(value, _loose))
+                for place, _ in after if not isinstance(place, set) for key, value in _items(place)
+                if isinstance(value, Tensor | tuple)
+            ]  # fmt: skip
+            self.kept = [kept for kept in self.kept if any(map(_is_inside, kept[2]))]
+            leaves = [leaf for leaves in (self.leaves, *(kept[2] for kept in self.kept)) for leaf in leaves]
+            self.traced = [leaf for leaf in leaves if _is_inside(leaf)]
             return self.traced
 
         with _Spelling(), self:
@@ -2010,17 +2147,26 @@ class _Record(TorchDispatchMode):
             raise TypeError(
                 f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}"
             )
+        self.replaced = _replaced(before, self.arguments, self.traced)
         self.graph.output([self.node_of(t) for t in results])
         _respell(self.graph)
+        # No tensor of functionalisation stays.
+        del self.traced
+        self.leaves = [_TRACED if _is_inside(leaf) else leaf for leaf in self.leaves]
+        for place, key, leaves, _ in self.kept:
+            place[key], leaves[:] = None, [_TRACED if _is_inside(leaf) else leaf for leaf in leaves]
 
     def returned(self, outputs: list) -> Any:
         """What the network returns, with these tensors in it; those that it keeps are put there."""
         tensors = iter(outputs)
-        results = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.results]
-        for place, key, leaves, structure in self.kept:
-            leaves = [next(tensors) if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
-            place[key] = pytree.tree_unflatten(leaves, structure)
-        return pytree.tree_unflatten(results, self.structure)
+
+        def filled(leaves: list, structure: Any) -> Any:
+            return pytree.tree_unflatten([next(tensors) if leaf is _TRACED else leaf for leaf in leaves], structure)
+
+        output = filled(self.leaves, self.structure)
+        for place, key, *value in self.kept:
+            place[key] = filled(*value)
+        return output
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
@@ -2039,7 +2185,8 @@ class _Record(TorchDispatchMode):
         return node
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
+        written = operation is aten.copy_.default and self.node_of(args[0]).op == "placeholder"  # by the rule's code
+        result = args[0] if written else operation(*args, **(kwargs or {}))
         args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
         node = self.noted(result, self.graph.call_function(operation, args, kwargs))
         frame = sys._getframe(_depth() - 1)
@@ -2051,7 +2198,7 @@ class _Record(TorchDispatchMode):
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
-    before = _contents(rule.network)
+    before = _contents(rule.network, inputs, keywords)
     try:
         return _recorded(rule, inputs, keywords, before)
     except BaseException:
@@ -2063,9 +2210,16 @@ def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
 def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]) -> Any:
     with _without_backward_hooks(rule.known.modules.values()):
         record = _Record(rule.network, inputs, keywords, before)
-    kept = {k for k, t in enumerate(record.arguments) if id(t) in record.replaced}
-    graph, tensors = _read(rule, record.graph, record.arguments, kept), rule.tensors()
+    graph, tensors = _read(rule, record.graph, record.arguments, record.replaced), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
+    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
+    for node in graph.nodes:
+        value = record.values[node]
+        if not watched and graph.kinds[node] == ACTIVITY and isinstance(value, Tensor) and value._use_count() > 1:
+            raise TypeError(
+                f"what {_operator(node)} computes at {_line(node)} is kept by a hook, an object or a global variable, "
+                "in which a recorded call leaves nothing; keep it in an attribute of a module, or return it as a tensor"
+            )
 
     def call(function: Callable, *args, **kwargs) -> Any:
         return function(*args, **kwargs)
@@ -2150,79 +2304,127 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 CONTAINERS = (dict, list, set, collections.deque)
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", __name__} - {"__main__"}  # whose objects and code hold no state
 
 
 def _unseen():
     """Hooks on what is saved for gradients, such as a checkpoint's around a rule, do not see what runs inside."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)  # the same tensor would be a cycle
 
 
-def _places(network: nn.Module) -> list:
-    """Where a network's modules can hold something: their attributes, and containers in these."""
-    places: list = [vars(module) for module in network.modules()]
-    seen = set(map(id, places))
-    for place in places:  # and those that are found on the way
-        for value in _held([place]):
-            inside = vars(value) if isinstance(value, types.SimpleNamespace) else value
-            if isinstance(inside, CONTAINERS) and id(inside) not in seen:
-                seen.add(id(inside))
-                places.append(inside)
+def _places(*roots: Any) -> list:
+    """Where networks and the like can hold something: attributes of modules and of objects, containers, and what hooks
+    and forward name; all that is reached from there, as far as it is of the user's own making."""
+    places: list = []
+    modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
+    seen, more = set(), [*roots, *modules, *(type(module).forward for module in modules)]
+    for value in more:  # and those that are found on the way
+        code = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
+        origin = (value if code and hasattr(value, "__module__") else type(value)).__module__ or ""
+        followed = isinstance(value, (nn.Module, types.SimpleNamespace, tuple, *CONTAINERS))
+        if id(value) in seen or not (followed or origin.partition(".")[0] not in FOREIGN):
+            continue
+        seen.add(id(value))
+        inside = value if isinstance(value, CONTAINERS) else getattr(value, "__dict__", None)
+        if code or isinstance(value, tuple):
+            more += _referred(value) if code else value
+        elif isinstance(inside, CONTAINERS):
+            places.append(inside)
+            more += _held([inside])
     return places
 
 
-def _held(places: Iterable) -> list:
-    return [value for place in places for value in (place.values() if isinstance(place, dict) else place)]
-
-
-def _refill(place: Any, content: Any) -> None:
-    place.clear()
-    (place.extend if isinstance(place, list | collections.deque) else place.update)(content)
-
-
-def _tensors_within(values: Any) -> list[Tensor]:
-    """Those in objects, too."""
-    found, seen, more = [], set(), [values]
-    while more:
-        for leaf in pytree.tree_leaves(more.pop()):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif id(leaf) not in seen and hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | Callable):
-                seen.add(id(leaf))
-                more.append(dict(vars(leaf)))
+def _referred(function: Any) -> list:
+    """What a function is bound to, its arguments' defaults, and the variables outside of it that it names."""
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values(), function.func]
+    if isinstance(function, types.MethodType):
+        return [function.__self__, function.__func__]
+    found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    with contextlib.suppress(ValueError):  # a variable that is not there yet
+        variables = inspect.getclosurevars(function)
+        found += [*variables.nonlocals.values(), *variables.globals.values()]
     return found
 
 
-def _contents(network: nn.Module) -> list[tuple[Any, Any]]:
-    return [(place, copy.copy(place)) for place in _places(network)]
+def _items(place: Any) -> list[tuple[Any, Any]]:
+    return list(place.items() if isinstance(place, dict) else enumerate(place))
 
 
-def _replaced(before: list[tuple[Any, Any]]) -> set[int]:
-    """By identity, the tensors of places that hold others now; of a list, all."""
-    found: list[Any] = []
+def _held(places: Iterable) -> list:
+    return [value for place in places for _, value in _items(place)]
+
+
+def _refill(place: Any, content: Any) -> None:
+    before, now = _items(content), _items(place)
+    if len(before) != len(now) or any(a is not c or b is not d for (a, b), (c, d) in zip(before, now, strict=True)):
+        place.clear()
+        (place.extend if isinstance(place, list | collections.deque) else place.update)(content)
+
+
+def _loose(values: Any) -> bool:
+    """Whether it is no tuple, in which nothing can be put; others are places of their own."""
+    return not isinstance(values, tuple)
+
+
+def _exchanged(value: Any, others: Mapping[int, Tensor]) -> Any:
+    """A tensor or tuple with other tensors in the places of some, which are given by identity."""
+    return pytree.tree_map(lambda t: others.get(id(t), t), value, is_leaf=_loose)
+
+
+def _exchange(contents: Iterable[tuple[Any, Any]], others: Mapping[int, Tensor]) -> None:
+    for place, content in contents:
+        for key, value in _items(content) if not isinstance(place, set) else ():
+            if isinstance(value, Tensor | tuple):
+                place[key] = _exchanged(value, others)
+
+
+def _contents(*roots: Any) -> list[tuple[Any, Any]]:
+    return [(place, copy.copy(place)) for place in _places(*roots)]
+
+
+def _replaced(before: list[tuple[Any, Any]], arguments: Iterable, outputs: Iterable) -> dict[int, list[int]]:
+    """Of tensors that a network no longer keeps where it kept them, those that it keeps there now (of a list that
+    grows, all), by their positions among a call's arguments and outputs."""
+    positions = {id(t): k for k, t in reversed([*enumerate([*arguments, *outputs])])}
+    found: dict[int, list[int]] = {}
     for place, kept in before:
-        if isinstance(place, dict):
-            found += [value for key, value in kept.items() if place.get(key) is not value]
-        elif len(place) != len(kept) or any(one is not other for one, other in zip(place, kept, strict=True)):
-            found += kept
-    return {id(t) for t in _tensors(found)}
+        pairs = [(value, place.get(key)) for key, value in kept.items()] if isinstance(place, dict) else [(kept, place)]
+        for pair in pairs:
+            old, new = (_tensors(list(part) if isinstance(part, set | collections.deque) else part) for part in pair)
+            if len(old) == len(new):  # as they stand
+                changed = [(one, [other]) for one, other in zip(old, new, strict=True) if one is not other]
+            else:
+                changed = [(one, new) for one in old]
+            for one, others in changed:
+                if id(one) in positions:
+                    found.setdefault(positions[id(one)], []).extend(
+                        positions[id(t)] for t in others if id(t) in positions
+                    )
+    return found
 
 
-def _kept_by(network: nn.Module, values: Any = ()) -> list[Tensor]:
-    """The tensors, other than parameters, in these values and where a network's modules can hold something."""
-    return [t for t in _tensors((values, _held(_places(network)))) if not isinstance(t, nn.Parameter)]
+def _kept_by(*roots: Any) -> list[Tensor]:
+    """The tensors, other than parameters, in what networks and others hold."""
+    return [t for t in _tensors((roots, _held(_places(*roots)))) if not isinstance(t, nn.Parameter)]
 
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module, values: Any = ()):
     """What runs inside leaves no trace in a network, in these tensors, in generators of random numbers."""
-    before = _contents(network)
+    before = _contents(network, values)
     contents = [(t, t.detach().clone()) for t in {id(t): t for t in _kept_by(network, values)}.values()]
-    data = [(parameter, parameter.data) for parameter in network.parameters()]
-    states = [(write, read()) for read, write in _generators(_held(place for place, _ in before))]
+    data = [(parameter, parameter.data, parameter.grad) for parameter in network.parameters()]
+    held = (*_held(place for place, _ in before), *pytree.tree_leaves(values))
+    states = [(write, read()) for read, write in _generators(held)]
     kind = next((p.device.type for p in network.parameters() if p.device.type not in ("cpu", "meta", "mps")), "cpu")
     devices = {p.device.index for p in network.parameters() if p.device.type == kind != "cpu"}
     try:
         with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), _unseen():
+            for parameter, _, _ in data:
+                parameter.grad = None
             yield
     finally:
         for place, kept in before:
@@ -2230,8 +2432,9 @@ def _undisturbed(network: nn.Module, values: Any = ()):
         for tensor, content in contents:
             with contextlib.suppress(RuntimeError):  # where entries share memory, which nothing can write to
                 tensor.data.copy_(content)
-        for parameter, kept in data:
-            parameter.data = kept
+        for parameter, kept, gradient in data:
+            parameter.grad, parameter.data = None, kept
+            parameter.grad = gradient
         for write, state in states:
             write(state)
 
@@ -2263,16 +2466,22 @@ class _Anatomy:
         self.parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
         self.names = {id(t): name for name, t in (*buffers.items(), *self.parameters.items())}
         self.statistics = {name: t for name, t in buffers.items() if self.of_normalisation(*name.rpartition("."))}
-        self.parts, self.number = self.found(), next(_COUNT)
+        self.parts, self.number, self.entry, self.in_a_row = self.found(), next(_COUNT), None, 0
 
     def of_normalisation(self, path: str, _, name: str) -> bool:
         owner, weight = self.modules[path], name.removesuffix("_u").removesuffix("_v")
         spectral = type(owner).__name__ == "_SpectralNorm" or f"{weight}_orig" in owner._parameters
         return name in STATISTICS or (spectral and name != weight)
 
-    def found(self) -> list[int]:
+    def code(self) -> list:
+        """What Dynamo does not notice: methods that are redefined, attributes that appear."""
+        return [
+            part for m in self.modules.values() for part in (getattr(type(m).forward, "__code__", None), len(vars(m)))
+        ]
+
+    def found(self) -> list:
         held = (parts for m in self.modules.values() for parts in (m._modules, m._parameters, m._buffers))
-        return [id(part) for parts in held for part in parts.values()]
+        return [*(id(part) for parts in held for part in parts.values()), *self.code()]
 
 
 def _require_same_network(rule: Rule) -> None:
@@ -2283,10 +2492,12 @@ def _require_same_network(rule: Rule) -> None:
         raise RuntimeError(
             f"a rule's gradient is the gradient of nothing, and {around} cannot go through it; Backprop can"
         )
+    if torch.compiler.is_exporting():
+        raise RuntimeError("a rule cannot be exported; export its network")
     if getattr(rule, "_is_replica", False):
         raise RuntimeError("DataParallel copies parameters, which a rule cannot follow; use DistributedDataParallel")
     known = rule.known
-    if known.found() == known.parts:
+    if known.modules[""] is rule.network and known.found() == known.parts:
         return
     rule.known = now = _Anatomy(rule.network)
     for parts, before in ((now.modules, known.modules), (now.parameters, known.parameters)):

@@ -1,0 +1,208 @@
+"""What is around a rule's call: hooks, modes, objects, classes and networks that change, checks of values."""
+
+import contextlib
+
+import pytest
+import torch
+from rules_helpers import TRANSPORTING, loss, mlp
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import align_rules
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is recorded anew")
+
+
+class Branching(nn.Sequential):
+    """Recorded in training."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x if x.sum() < 1e9 else x + 1
+
+
+def branching() -> Branching:
+    return Branching(*mlp())
+
+
+@pytest.mark.parametrize("make", [mlp, branching])
+def test_activities_that_hooks_keep(make):
+    kept, listed, network = {}, [], make()
+    network[0].register_forward_hook(lambda module, inputs, output: kept.__setitem__("h", output.detach()))
+    network[2].register_forward_hook(lambda module, inputs, output: listed.append(output.detach().numpy()[0, 0]))
+    rule, inputs = align_rules.FeedbackAlignment(network), torch.randn(5, 6)
+    for _ in range(2):
+        rule(inputs).sum().backward()
+    assert torch.equal(kept["h"], network[0](inputs))
+    assert listed == [listed[0]] * len(listed) == [network[:3](inputs)[0, 0].item()] * 2
+
+
+class Slot:
+    __slots__ = ("h",)
+
+
+def test_what_a_recorded_call_cannot_leave_behind():
+    slot, network = Slot(), branching()
+    network[0].register_forward_hook(lambda module, inputs, output: setattr(slot, "h", output.detach()))
+    with pytest.raises(TypeError, match=r"is kept by a hook.*keep it in an attribute of a module"):
+        align_rules.FeedbackAlignment(network)(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("name", ["align_zero", "last_layer", "fa"])
+def test_another_network_in_its_place(name):
+    rule = align_rules.RULES[name](mlp())
+    rule.network = mlp()
+    with pytest.raises(RuntimeError, match="the network is another than when the rule was made"):
+        rule(torch.randn(5, 6))
+
+
+def test_verify_leaves_gradients_and_needs_some():
+    rule, inputs = align_rules.AlignAda(mlp()), torch.randn(5, 6)
+    loss(rule(inputs)).backward()
+    before = [p.grad for p in rule.network.parameters()]
+    align_rules.verify(rule, loss, inputs, double=True)
+    assert all(p.grad is g and g.dtype == p.dtype for p, g in zip(rule.network.parameters(), before, strict=True))
+    for nothing in (lambda output: torch.zeros((), requires_grad=True), lambda output: loss(output) * torch.nan):
+        with pytest.raises(ValueError, match="nothing can be compared"):
+            align_rules.verify(rule, nothing, inputs)
+
+
+@pytest.mark.parametrize("name", TRANSPORTING)
+def test_verify_looks_below_a_readout_of_zeros(name, monkeypatch):
+    network = mlp()
+    nn.init.zeros_(network[4].weight)
+    rule, inputs = align_rules.RULES[name](network), torch.randn(5, 6)
+    align_rules.verify(rule, loss, inputs)
+    right = align_rules._transposed
+    monkeypatch.setattr(align_rules, "_transposed", lambda *arguments: 1.01 * right(*arguments))
+    with pytest.raises(RuntimeError, match=r"gradients differ.*0\.weight"):
+        align_rules.verify(rule, loss, inputs)
+
+
+def test_a_patched_rule_shares_no_code(monkeypatch):
+    inputs, right = torch.randn(5, 6), align_rules.FeedbackAlignment.layer
+    align_rules.verify(align_rules.FeedbackAlignment(mlp()), loss, inputs)
+    patched = align_rules.FeedbackAlignment(mlp())
+    patched.layer = lambda draft, layer, now, B: draft.cut(layer, now)
+    with pytest.raises(RuntimeError, match="gradients differ"):
+        align_rules.verify(patched, loss, inputs)
+    monkeypatch.setattr(align_rules.FeedbackAlignment, "layer", lambda rule, *others: patched.layer(*others))
+    with pytest.raises(RuntimeError, match="gradients differ"):
+        align_rules.verify(align_rules.FeedbackAlignment(mlp()), loss, inputs)
+    monkeypatch.setattr(align_rules.FeedbackAlignment, "layer", right)
+    align_rules.verify(align_rules.FeedbackAlignment(mlp()), loss, inputs)
+
+
+def written_down(rule, inputs) -> bool:
+    rule(inputs)
+    return align_rules._now.read[1] is not None
+
+
+def test_one_odd_call_does_not_decide_about_others():
+    rule, inputs = align_rules.AlignAda(mlp()), torch.randn(5, 6)
+    assert written_down(rule, inputs)
+    with FlopCounterMode(display=False):
+        assert not written_down(rule, inputs)
+    with torch.compiler.set_stance("force_eager"):
+        assert not written_down(rule, inputs)
+    assert written_down(rule, inputs)
+    rule = align_rules.AlignAda(branching())
+    assert not written_down(rule, inputs)
+    rule.network.forward = lambda x: nn.Sequential.forward(rule.network, x)
+    assert written_down(align_rules.AlignAda(rule.network), inputs)
+
+
+def test_classes_and_attributes_that_change():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            with contextlib.suppress(AttributeError):
+                x = x + self.state
+            self.state = x.detach() * 0.5
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    rule, network = (align_rules.FeedbackAlignment(Net(*mlp())), Net(*mlp()))
+    network.load_state_dict(rule.network.state_dict())
+    for _ in range(3):
+        inputs = torch.randn(5, 6)
+        assert torch.equal(rule(inputs), network(inputs))
+    Net.forward = lambda self, x: 2 * nn.Sequential.forward(self, x)
+    assert torch.equal(rule(inputs), network(inputs))
+
+
+class Batch:
+    pass
+
+
+def test_attributes_of_a_batch_that_are_tried():
+    class Net(nn.Sequential):
+        def forward(self, batch):
+            try:
+                return super().forward(batch.x * batch.weight)
+            except AttributeError:
+                return super().forward(batch.x)
+
+    rule, batch = align_rules.FeedbackAlignment(Net(*mlp())), Batch()
+    batch.x = torch.randn(5, 6)
+    rule(batch)
+    batch.weight = torch.rand(5, 1)
+    assert torch.equal(rule(batch), rule.network(batch))
+
+
+def test_checks_of_values_stay():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x, k):
+            h = self.i(x)
+            h = torch.linalg.solve(k * (h.T @ h + torch.eye(6)), h.T).T
+            return self.o(h @ torch.linalg.cholesky(torch.eye(6) * k) @ torch.linalg.inv(k * torch.eye(6)))
+
+    rule, x = align_rules.FeedbackAlignment(Net()), torch.randn(8, 6)
+    rule(x, torch.tensor(1.0)).sum().backward()
+    for k in (0.0, -1.0):
+        with pytest.raises(torch.linalg.LinAlgError):
+            rule(x, torch.tensor(k))
+    with pytest.raises(ValueError, match="to satisfy"):
+        torch.distributions.Normal(torch.tensor(float("nan")), 1.0)
+
+
+def test_a_generator_that_is_handed_over():
+    class Noisy(nn.Sequential):
+        def forward(self, x, generator):
+            return super().forward(x + torch.randn(x.shape, generator=generator))
+
+    network, inputs = Noisy(*mlp()), torch.randn(5, 6)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    rule = align_rules.AlignAda(network)
+    for _ in range(2):
+        assert torch.equal(rule(inputs, generators[0]), network(inputs, generators[1]))
+
+
+def test_torch_func_inside_of_a_network():
+    class Energy(nn.Sequential):
+        def forward(self, x):
+            return torch.func.vmap(torch.func.grad(lambda row: super(Energy, self).forward(row).sum()))(x)
+
+    inputs = torch.randn(5, 6)
+    with contextlib.suppress(TypeError):  # it may be refused, but must leave the process as it was
+        align_rules.AlignAda(Energy(*mlp()))(inputs)
+    rule = align_rules.AlignAda(mlp())
+    torch.utils.checkpoint.checkpoint(rule, inputs.requires_grad_(), use_reentrant=False).sum().backward()
+    assert inputs.grad.any()
+
+
+def test_values_that_a_recorded_network_reads(capsys):
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            h = self[0](x)
+            print(f"{h.mean():.3f}", h)
+            order = torch.from_numpy(h.detach().numpy().sum(1).argsort())
+            return self[4](self[2](h[order])) + h.detach().tolist()[0][0]
+
+    rule, inputs = align_rules.FeedbackAlignment(Reads(*mlp())), torch.randn(5, 6)
+    output = rule(inputs)
+    assert "unctional" not in capsys.readouterr().out
+    assert torch.equal(output, rule.network(inputs))
