@@ -1842,11 +1842,34 @@ class _Walk(fx.Interpreter):
     def call_function(self, target, args, kwargs):
         if target is _FUNCTION:  # one operator, which is differentiated as it stands
             functions, number = _functions(), next(_COUNT)
-            functions[number] = lambda inputs: target(*args[:2], *inputs, **kwargs)
+            functions[number] = _made_once(*args[:2], **kwargs)
             return torch.ops.align_rules.function.default(list(args[2:]), number)
         if getattr(target, "_name", None) in _INLINED and isinstance(args[0], fx.GraphModule):
             return _Walk(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
+
+
+def _made_once(forward: fx.GraphModule, backward: fx.GraphModule, **options) -> Callable:
+    """A torch.autograd.Function from its graphs, as torch's operator makes it anew, and slowly, at every call."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs, kept = forward.forward(*inputs)
+            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in kept))
+            ctx.others = [None if isinstance(value, Tensor) else value for value in kept]
+            several = outputs if isinstance(outputs, tuple | list) else [outputs]
+            ctx.mark_non_differentiable(*(several[k] for k in options["non_differentiable_idx"]))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            kept = zip(ctx.saved_tensors, ctx.others, strict=True)
+            return backward.forward(*gradients, *(other if tensor is None else tensor for tensor, other in kept))
+
+    if options.get("dirty_idx"):
+        return lambda inputs: _FUNCTION(forward, backward, *inputs, **options)
+    return lambda inputs: Function.apply(*inputs)
 
 
 @functools.cache
