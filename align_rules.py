@@ -74,8 +74,8 @@ other than those that the rule was made with. Backprop takes all of it.
 
 import collections
 import contextlib
-import copy
 import functools
+import gc
 import inspect
 import itertools
 import math
@@ -662,7 +662,8 @@ class DirectFeedbackAlignment(Rule):
         sent to the block's activity: B^T e         dW = delta a^T
 
     e lands on the activity at the end of each block and goes back to its parameters through the block's derivatives.
-    What lies between that end and the next layer (a normalisation behind the activation function) does not learn.
+    What lies between that end and the next layer (a normalisation behind the activation function) does not learn. What
+    no input has reached (positions, noise) is differentiated as it stands.
 
     Args:
         feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
@@ -711,12 +712,15 @@ class DirectFeedbackAlignment(Rule):
             copies = _operator(node) in ("clone", "_to_copy")
             return copies or (_rearranges(node) and node.meta["val"].shape[:1] != examples)
 
+        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}
         for node in graph.nodes:
+            fed |= set() if fed.isdisjoint(node.all_input_nodes) else {node}
             layer = graph.layers.get(node)
             if layer and layer.recurrent:
                 raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
             if _operator(node).startswith("_thnn_fused"):
                 raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
+            layer = layer if layer and layer.activity in fed else None
             place = layer.activity if layer else node
             while place in inside and ends_elsewhere(place) and len(parts := graph.parts(place)) == 1:
                 inside.discard(place)
@@ -724,7 +728,9 @@ class DirectFeedbackAlignment(Rule):
             if layer and place in inside:
                 end(place)
             now[node] = draft.cut(layer, now) if layer else draft.again(node, now)
-            if layer or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
+            others = {part for part in node.all_input_nodes if graph.kinds[part] == ACTIVITY} - fed
+            joined = node in fed and not graph.reached.isdisjoint(others)  # by what no input has reached, but learns
+            if layer or joined or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
                 inside.add(node)
                 activation = node.args[0] if _operator(node) == "getitem" else node
                 if _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
@@ -1286,12 +1292,14 @@ class Graph:
             meeting |= parts if self.kinds[node] == ACTIVITY or node in meeting else set()
         at_large = [k for k in others if k[0] not in weighing and k[0] not in self.layers]
         at_large = [k for k in at_large if k[0] in meeting or self.kinds[k[0]] == ACTIVITY or not self.layers]
-        self.unclear = {node for node, read, _ in at_large if sources.get(read)}
-        # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
         known = {name for layer in self.layers.values() for name in layer.names}
+        alone = {layer.names[0] for layer in self.layers.values() if len(layer.names) == 1}
+        both = [(node, sources[read], sources[weight]) for node, read, weight in at_large if sources.get(read)]
+        self.unclear = {node for node, one, other in both if not (one | other) & known}
+        # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
         clear = (
-            (node, read) for node, read, weight in at_large
-            if self.kinds[read] == FIXED or (sources[weight] <= known and not sources[read] & known)
+            (node, read) for node, read, weight in at_large if self.kinds[read] == FIXED
+            or (len(sources[weight]) == 1 and sources[weight] <= alone and not sources[read] & known)
         )  # fmt: skip
         return next(clear, None)
 
@@ -1660,15 +1668,16 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
         raise (_Unasked if watched else _Refused)(_reason(error)) from error
     finally:
         _now.rule, distribution._validate_args = None, validates
-    if not _now.read:
-        raise _Unasked("torch.compile is switched off here, or another mode watches what torch is called for")
     return result
 
 
 def _entry_of(known: "_Anatomy") -> Callable:
     modules, parameters = known.modules, known.parameters
-    if any(isinstance(value, random.Random) for m in modules.values() for value in vars(m).values()):
+    held = [value for module in modules.values() for value in vars(module).values()]
+    if any(isinstance(value, random.Random) for value in held):
         raise _Refused("its draws from a random.Random of its own would be constants")
+    if any(isinstance(value, collections.deque) and value.maxlen for value in held):
+        raise _Refused("what a deque of limited length holds would be that of the first calls")
     kinds = tuple((name, type(module)) for name, module in modules.items()), *known.code()
     return _entry(kinds, tuple((name, p.shape) for name, p in parameters.items()))
 
@@ -1678,7 +1687,8 @@ def _entry(*_kind) -> Callable:
     """What networks of one kind are called through, so that they share captures, which end with the last of them."""
     # Dynamo keeps captures by code object, and what it knows of sizes by its name.
     code = _call_network.__code__.replace(co_name=f"network_{next(_COUNT)}")
-    function = types.FunctionType(code, {"__name__": __name__, "__builtins__": __builtins__})
+    names = {"__name__": __name__, "__builtins__": __builtins__, "torch": torch, "_Unasked": _Unasked}
+    function = types.FunctionType(code, names)
     entry = torch.compile(function, backend=_captured, fullgraph=True)
     entry.captures = []
     return entry
@@ -1693,6 +1703,8 @@ def _captured(torch_graph: fx.GraphModule, example_inputs: list) -> Callable:
 
 
 def _call_network(network, inputs, keywords, attributes):
+    if not torch.compiler.is_compiling():  # but is run as it stands
+        raise _Unasked("torch.compile is switched off here, or another mode watches what torch is called for")
     return network(*inputs, **keywords) if attributes is not None else None
 
 
@@ -2140,7 +2152,8 @@ class _Record(TorchDispatchMode):
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
         self.given = {id(t) for t in _kept_by(inputs, keywords)}
-        held = {id(t): t for t in _tensors((_held(place for place, _ in before), inputs))}
+        small = (place for place, _ in before if len(place) <= LARGE)
+        held = {id(t): t for t in _tensors_of((inputs, *_held(small)))}
         stand_ins = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in held.values()]
         for stand_in, tensor in zip(stand_ins, held.values(), strict=True):
             self.arrived(stand_in, tensor)
@@ -2157,9 +2170,8 @@ class _Record(TorchDispatchMode):
             self.kept = [
                 (place, key, *pytree.tree_flatten(value, _loose))
                 for place, _ in after if not isinstance(place, set) for key, value in _items(place)
-                if isinstance(value, Tensor | tuple)
+                if any(map(_is_inside, _tensors_of([value])))
             ]  # fmt: skip
-            self.kept = [kept for kept in self.kept if any(map(_is_inside, kept[2]))]
             leaves = [leaf for leaves in (self.leaves, *(kept[2] for kept in self.kept)) for leaf in leaves]
             self.traced = [leaf for leaf in leaves if _is_inside(leaf)]
             return self.traced
@@ -2235,14 +2247,18 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: list[tuple[Any,
         record = _Record(rule.network, inputs, keywords, before)
     graph, tensors = _read(rule, record.graph, record.arguments, record.replaced), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
-    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
-    for node in graph.nodes:
-        value = record.values[node]
-        if not watched and graph.kinds[node] == ACTIVITY and isinstance(value, Tensor) and value._use_count() > 1:
-            raise TypeError(
-                f"what {_operator(node)} computes at {_line(node)} is kept by a hook, an object or a global variable, "
-                "in which a recorded call leaves nothing; keep it in an attribute of a module, or return it as a tensor"
-            )
+
+    def survivor() -> fx.Node | None:
+        values = ((n, record.values[n]) for n in graph.nodes if graph.kinds[n] == ACTIVITY)
+        return next((n for n, value in values if isinstance(value, Tensor) and value._use_count() > 1), None)
+
+    # Another mode may keep what it sees, and cycles of Python what they hold, until these are collected.
+    watched = torch._C._len_torch_dispatch_stack()
+    if not watched and survivor() and (gc.collect(1), survivor())[1] and (gc.collect(), node := survivor())[1]:
+        raise TypeError(
+            f"what {_operator(node)} computes at {_line(node)} is kept by a hook, an object or a global variable, in "
+            "which a recorded call leaves nothing; keep it in an attribute of a module, or return it as a tensor"
+        )
 
     def call(function: Callable, *args, **kwargs) -> Any:
         return function(*args, **kwargs)
@@ -2327,6 +2343,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 CONTAINERS = (dict, list, set, collections.deque)
+PLAIN = {int, float, bool, str, type(None), Tensor, nn.Parameter}  # which hold nothing else
+LARGE = 1000  # entries of a container, above which these are data that a call does not write into
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", __name__} - {"__main__"}  # whose objects and code hold no state
 
 
@@ -2342,20 +2360,21 @@ def _places(*roots: Any) -> list:
     and forward name; all that is reached from there, as far as it is of the user's own making."""
     places: list = []
     modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
-    seen, more = set(), [*roots, *modules, *(type(module).forward for module in modules)]
+    seen, more = set(), [*roots, *modules, *{type(module).forward for module in modules}]
     for value in more:  # and those that are found on the way
-        code = isinstance(value, types.FunctionType | types.MethodType | functools.partial)
-        origin = (value if code and hasattr(value, "__module__") else type(value)).__module__ or ""
-        followed = isinstance(value, (nn.Module, types.SimpleNamespace, tuple, *CONTAINERS))
+        kind = type(value)  # and not by isinstance, which asks the value itself
+        code = issubclass(kind, types.FunctionType | types.MethodType | functools.partial)
+        origin = (value if code and hasattr(value, "__module__") else kind).__module__ or ""
+        followed = issubclass(kind, (nn.Module, types.SimpleNamespace, tuple, *CONTAINERS))
         if id(value) in seen or not (followed or origin.partition(".")[0] not in FOREIGN):
             continue
         seen.add(id(value))
-        inside = value if isinstance(value, CONTAINERS) else getattr(value, "__dict__", None)
-        if code or isinstance(value, tuple):
+        inside = value if issubclass(kind, CONTAINERS) else getattr(value, "__dict__", None)
+        if code or issubclass(kind, tuple):
             more += _referred(value) if code else value
         elif isinstance(inside, CONTAINERS):
             places.append(inside)
-            more += _held([inside])
+            more += [part for part in _held([inside]) if type(part) not in PLAIN]
     return places
 
 
@@ -2373,7 +2392,7 @@ def _referred(function: Any) -> list:
 
 
 def _items(place: Any) -> list[tuple[Any, Any]]:
-    return list(place.items() if isinstance(place, dict) else enumerate(place))
+    return list(dict.items(place) if isinstance(place, dict) else enumerate(place))
 
 
 def _held(places: Iterable) -> list:
@@ -2399,13 +2418,13 @@ def _exchanged(value: Any, others: Mapping[int, Tensor]) -> Any:
 
 def _exchange(contents: Iterable[tuple[Any, Any]], others: Mapping[int, Tensor]) -> None:
     for place, content in contents:
-        for key, value in _items(content) if not isinstance(place, set) else ():
-            if isinstance(value, Tensor | tuple):
+        for key, value in _items(content) if not isinstance(place, set) and len(place) <= LARGE else ():
+            if any(id(t) in others for t in _tensors_of([value])):
                 place[key] = _exchanged(value, others)
 
 
 def _contents(*roots: Any) -> list[tuple[Any, Any]]:
-    return [(place, copy.copy(place)) for place in _places(*roots)]
+    return [(p, next(kind for kind in CONTAINERS if isinstance(p, kind)).copy(p)) for p in _places(*roots)]
 
 
 def _replaced(before: list[tuple[Any, Any]], arguments: Iterable, outputs: Iterable) -> dict[int, list[int]]:
@@ -2414,9 +2433,13 @@ def _replaced(before: list[tuple[Any, Any]], arguments: Iterable, outputs: Itera
     positions = {id(t): k for k, t in reversed([*enumerate([*arguments, *outputs])])}
     found: dict[int, list[int]] = {}
     for place, kept in before:
-        pairs = [(value, place.get(key)) for key, value in kept.items()] if isinstance(place, dict) else [(kept, place)]
+        if isinstance(place, dict):
+            pairs = [(value, place.get(key)) for key, value in kept.items() if place.get(key) is not value]
+        else:
+            same = len(kept) == len(place) and all(map(operator.is_, kept, place))
+            pairs = [] if same else [(tuple(kept), tuple(place))]
         for pair in pairs:
-            old, new = (_tensors(list(part) if isinstance(part, set | collections.deque) else part) for part in pair)
+            old, new = (_tensors_of([part]) for part in pair)
             if len(old) == len(new):  # as they stand
                 changed = [(one, [other]) for one, other in zip(old, new, strict=True) if one is not other]
             else:
@@ -2429,9 +2452,18 @@ def _replaced(before: list[tuple[Any, Any]], arguments: Iterable, outputs: Itera
     return found
 
 
+def _tensors_of(values: Iterable) -> list[Tensor]:
+    """Those among these values and in tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor | tuple):
+            found += [value] if isinstance(value, Tensor) else _tensors_of(value)
+    return found
+
+
 def _kept_by(*roots: Any) -> list[Tensor]:
     """The tensors, other than parameters, in what networks and others hold."""
-    return [t for t in _tensors((roots, _held(_places(*roots)))) if not isinstance(t, nn.Parameter)]
+    return [t for t in _tensors_of((*roots, *_held(_places(*roots)))) if not isinstance(t, nn.Parameter)]
 
 
 @contextlib.contextmanager
