@@ -1,5 +1,6 @@
 """What is around a rule's call: hooks, modes, objects, classes and networks that change, checks of values."""
 
+import collections
 import contextlib
 
 import pytest
@@ -206,3 +207,49 @@ def test_values_that_a_recorded_network_reads(capsys):
     output = rule(inputs)
     assert "unctional" not in capsys.readouterr().out
     assert torch.equal(output, rule.network(inputs))
+
+
+class Statistics(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def test_no_call_runs_the_network_twice():
+    rule, inputs = align_rules.AlignAda(Statistics()), torch.randn(5, 6)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(3):
+            rule(inputs)
+    with FlopCounterMode(display=False):
+        rule(inputs)
+    rule(inputs)
+    assert rule.network[1].num_batches_tracked == 5
+
+
+REGISTRY = {"numbers": list(range(3))}
+REGISTRY["itself"] = REGISTRY
+
+
+class Cyclic(nn.Sequential):
+    """What it computes is kept by a function that refers to itself; it names what holds itself; its states, too."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.states = collections.deque(maxlen=2)
+
+    def forward(self, x):
+        def walk(depth):
+            return h if depth == 0 else walk(depth - 1)
+
+        h = torch.relu(self[0](x))
+        h = self[2](walk(len(REGISTRY["numbers"])) + sum(self.states))
+        self.states.append(h.detach())
+        return self[4](h) if h.sum() < 1e9 else h
+
+
+def test_cycles_and_a_deque_of_limited_length():
+    torch.manual_seed(0)
+    rule, network = align_rules.AlignAda(Cyclic(*mlp())), Cyclic(*mlp())
+    network.load_state_dict(rule.network.state_dict())
+    for _ in range(5):
+        inputs = torch.randn(5, 6)
+        torch.testing.assert_close(rule(inputs), network(inputs))

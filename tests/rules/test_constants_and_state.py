@@ -234,3 +234,59 @@ def test_draws_inside_of_an_operator_are_those_of_the_network(name, draw):
         found.append(torch.autograd.grad(call(x).sum(), list(network.parameters())))
         found[-1] += (torch.rand(1),)  # generators are where the network leaves them
     torch.testing.assert_close(*found)
+
+
+class Hyper(nn.Module):
+    """Layers whose weight and bias are made of a learned code, or of learned matrices by learned shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.code, self.of_weight, self.of_bias = (
+            nn.Parameter(torch.randn(2)),
+            *(nn.Linear(n, m) for n, m in ((2, 3), (3, 20), (3, 5))),
+        )
+        self.i, self.o = nn.Linear(4, 5), nn.Parameter(torch.randn(2, 3, 5))
+        self.shares, self.biases = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        code = torch.tanh(self.code(self.z))
+        x = torch.tanh(F.linear(self.i(x) @ self.of_weight(code).view(5, 4), self.i.weight, self.of_bias(code)))
+        shares = self.shares.softmax(0)
+        penalty = (self.i.weight.T @ self.i.weight - torch.eye(4)).square().sum()
+        return F.linear(x, torch.einsum("k,koi->oi", shares, self.o), shares @ self.biases).square() + penalty
+
+
+def test_what_weights_are_made_of_is_no_activity():
+    text = align_rules.FeedbackAlignment(Hyper()).explain(torch.randn(6, 4))
+    layers = text.split("\n\n")[1]
+    assert "of_bias" not in layers
+    assert "biases" not in layers
+    assert layers.count("->") == 5  # with the title: i, the made one, i again, o
+
+
+class Items(nn.Module):
+    """Features of items go through layers, and are looked up."""
+
+    def __init__(self, relative: bool):
+        super().__init__()
+        self.a, self.b, self.o, self.relative = nn.Linear(2, 7), nn.Linear(7, 4), nn.Linear(4, 3), relative
+        self.register_buffer("features", torch.randn(5, 2))
+
+    def forward(self, which):
+        items = self.b(torch.relu(self.a(self.features)))
+        return self.o(torch.tanh(items[which] + items.mean(0) if self.relative else items[which]))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_direct_feedback_does_not_take_a_table_for_the_batch(relative):
+    rule, which, targets, found = (
+        align_rules.DirectFeedbackAlignment(Items(relative)),
+        torch.arange(5),
+        torch.randn(5, 3),
+        [],
+    )
+    for order in (torch.arange(5), torch.arange(5).flip(0)):
+        loss = (rule(which[order]) * targets[order]).sum()
+        found.append(torch.autograd.grad(loss, rule.network.a.weight)[0])
+    assert found[0].any()
+    torch.testing.assert_close(*found)
