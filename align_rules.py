@@ -1002,8 +1002,9 @@ def verify(
         for parameter in rule.network.parameters():
             parameter.data = _not_zero(parameter.data)
         held = rule.initial.named() if isinstance(rule, _FromInitial) else rule.feedback_weights()
-        for tensor in (tensor for name, tensor in held.items() if name in rule.known.parameters):
-            tensor.data.copy_(_not_zero(tensor.data))
+        for name, tensor in held.items():
+            if name in rule.known.parameters:
+                tensor.data.copy_(_not_zero(tensor.data))
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
@@ -1503,11 +1504,6 @@ def put_back(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def _set_generators(cpu: Tensor, cuda: list[Tensor]) -> None:
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda)
-
-
 def _generators_now() -> tuple:
     """States of torch's generators of random numbers."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -1517,12 +1513,11 @@ def _with_draws_again(function: Callable) -> Callable:
     """From states of generators and a function's arguments its value, with the random draws that these states give."""
 
     def from_states(states: tuple, *args, **kwargs) -> Any:
-        now = _generators_now()
-        try:
-            _set_generators(*states)
+        cpu, cuda = states
+        with torch.random.fork_rng(range(len(cuda))):
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(cuda)
             return function(*args, **kwargs)
-        finally:
-            _set_generators(*now)
 
     return from_states
 
@@ -2151,7 +2146,7 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
-        self.given = {id(t) for t in _kept_by(inputs, keywords)}
+        self.given = {id(t) for t in _tensors_held(inputs, keywords)}
         small = (place for place, _ in before if len(place) <= LARGE)
         held = {id(t): t for t in _tensors_of((inputs, *_held(small)))}
         stand_ins = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in held.values()]
@@ -2252,9 +2247,13 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: list[tuple[Any,
         values = ((n, record.values[n]) for n in graph.nodes if graph.kinds[n] == ACTIVITY)
         return next((n for n, value in values if isinstance(value, Tensor) and value._use_count() > 1), None)
 
-    # Another mode may keep what it sees, and cycles of Python what they hold, until these are collected.
-    watched = torch._C._len_torch_dispatch_stack()
-    if not watched and survivor() and (gc.collect(1), survivor())[1] and (gc.collect(), node := survivor())[1]:
+    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
+    node = None if watched else survivor()
+    for generation in (1, 2):
+        if node:  # in a cycle of Python, perhaps
+            gc.collect(generation)
+            node = survivor()
+    if node:
         raise TypeError(
             f"what {_operator(node)} computes at {_line(node)} is kept by a hook, an object or a global variable, in "
             "which a recorded call leaves nothing; keep it in an attribute of a module, or return it as a tensor"
@@ -2461,9 +2460,14 @@ def _tensors_of(values: Iterable) -> list[Tensor]:
     return found
 
 
+def _tensors_held(*roots: Any) -> list[Tensor]:
+    """The tensors in what networks and others hold."""
+    return _tensors_of((*roots, *_held(_places(*roots))))
+
+
 def _kept_by(*roots: Any) -> list[Tensor]:
-    """The tensors, other than parameters, in what networks and others hold."""
-    return [t for t in _tensors_of((*roots, *_held(_places(*roots)))) if not isinstance(t, nn.Parameter)]
+    """Those other than parameters."""
+    return [t for t in _tensors_held(*roots) if not isinstance(t, nn.Parameter)]
 
 
 @contextlib.contextmanager

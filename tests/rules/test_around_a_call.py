@@ -253,3 +253,12 @@ def test_cycles_and_a_deque_of_limited_length():
     for _ in range(5):
         inputs = torch.randn(5, 6)
         torch.testing.assert_close(rule(inputs), network(inputs))
+
+
+@pytest.mark.parametrize("make", [mlp, branching])
+@pytest.mark.parametrize("name", TRANSPORTING)
+def test_an_input_may_be_a_parameter(make, name):
+    """As images that are optimised are."""
+    rule, inputs = align_rules.RULES[name](make()), nn.Parameter(torch.randn(5, 6))
+    found = [torch.autograd.grad(loss(rule(x)), x)[0] for x in (inputs, inputs.detach().requires_grad_())]
+    assert torch.equal(*found)
