@@ -88,7 +88,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -1094,7 +1094,7 @@ def _compared(
             if not found:
                 leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
                 watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
-            kept = [t.detach().clone() for t in _kept_by(network, values)]
+            kept = [t.detach().clone() for t in _Held(network, values).buffers()]
             gradients = _gradients(loss_function(output), watched)
             found.append(([f.detach().clone() for f in _tensors(output)], gradients, kept))
     return watched, *found
@@ -1284,19 +1284,23 @@ class Graph:
                     others.append((node, read, weight))
             if kind == WEIGHT:
                 sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
-        # What layers' weights are made of, and what else meets activities; all, where nothing is one.
-        weighing, meeting = {layer.weight for layer in self.layers.values()}, set()
+        # What layers' weights are made of; what else meets activities, or is an output (but for numbers, which are
+        # penalties); what activation functions follow.
+        weighing, activated = {layer.weight for layer in self.layers.values()}, set()
+        meeting = {f for f in self.output if isinstance(f, fx.Node) and getattr(f.meta["val"], "shape", ())}
         for node in reversed(self.nodes):
             layer = self.layers.get(node)
             parts = {part for part in node.all_input_nodes if not layer or part is not layer.weight}
             weighing |= parts if node in weighing else set()
             meeting |= parts if self.kinds[node] == ACTIVITY or node in meeting else set()
+            activated |= parts if _operator(node) in ACTIVATIONS or node in activated else set()
         at_large = [k for k in others if k[0] not in weighing and k[0] not in self.layers]
+        numbers = {node for node, read, _ in at_large if node in activated and self.kinds[read] == FIXED}
         at_large = [k for k in at_large if k[0] in meeting or self.kinds[k[0]] == ACTIVITY or not self.layers]
         known = {name for layer in self.layers.values() for name in layer.names}
         alone = {layer.names[0] for layer in self.layers.values() if len(layer.names) == 1}
         both = [(node, sources[read], sources[weight]) for node, read, weight in at_large if sources.get(read)]
-        self.unclear = {node for node, one, other in both if not (one | other) & known}
+        self.unclear = {node for node, one, other in both if not (one | other) & known} | numbers
         # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
         clear = (
             (node, read) for node, read, weight in at_large if self.kinds[read] == FIXED
@@ -1324,7 +1328,7 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        differentiated, more = set(), [*self.results]
+        differentiated, more = set(), [f for f in self.output if f in self.reached]
         while more:
             if (node := more.pop()) in self.reached and node not in differentiated:
                 differentiated.add(node)
@@ -1620,9 +1624,9 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn
     """Raises _Refused where that cannot be."""
 
     def as_backprop(*call) -> Any:
-        before = _contents(rule.network)
+        before = _Held(rule.network)
         result = _enter(*call, None)
-        capture.replaced = _replaced(before, arguments, _now.outputs)
+        capture.replaced = before.replaced(arguments, _now.outputs)
         return result
 
     for _ in range(3 if rule.known.in_a_row < MANY else 0):  # the first call may make what later ones find
@@ -1793,10 +1797,15 @@ def _compiled(program: fx.GraphModule, compiler: str | None, values: list) -> Ca
 
 def _functional(module: fx.GraphModule) -> fx.GraphModule:
     """A graph of ATen operators with nothing in place, from one of torch calls."""
+
+    def run(*values) -> Any:
+        with _Functional() as functional:
+            return pytree.tree_map(_outside, _Walk(module).run(*map(functional.inside, values)))
+
     values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
     with mode, torch.fx.traceback.preserve_node_meta(), _Spelling(), _unseen():
-        made = make_fx(functools.partial(_functionalised, _Walk(module).run))(*values)
+        made = make_fx(run)(*values)
     _respell(made.graph)
     for place, before in zip(
         made.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
@@ -1805,31 +1814,36 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def _functionalised(function: Callable, *values) -> Any:
-    """What a function computes, with nothing in place; what it writes into its arguments is written in the end.
+class _Functional(contextlib.AbstractContextManager):
+    """While it lasts, torch computes with nothing in place; what is written into a tensor is written in the end.
 
     torch.func.functionalize would do, if its tensors had a gradient, on which torch's choice of operators depends.
     """
-    torch._enable_functionalization(reapply_views=True)
-    try:
-        inside = [_inside(value) for value in values]
-        results = pytree.tree_map(_outside, function(*inside))
-        now = [_outside(value) for value in inside]
-    finally:
-        torch._disable_functionalization()
-    with torch.no_grad():
-        for value, new in zip(values, now, strict=True):
-            if isinstance(value, Tensor) and new is not value:
-                value.copy_(new)
-    return results
 
+    def __enter__(self):
+        self.insides: dict[int, Tensor] = {}  # of tensors from outside, by identity
+        self.outsides: dict[int, Tensor] = {}  # the other way round
+        torch._enable_functionalization(reapply_views=True)
+        return self
 
-def _inside(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    inside = torch._to_functional_tensor(value)
-    torch._mirror_autograd_meta_to(value, inside)
-    return inside
+    def inside(self, value: Any) -> Any:
+        if id(value) in self.insides or not isinstance(value, Tensor) or _is_inside(value):
+            return self.insides.get(id(value), value)
+        self.insides[id(value)] = inside = torch._to_functional_tensor(value)
+        torch._mirror_autograd_meta_to(value, inside)
+        self.outsides[id(inside)] = value
+        return inside
+
+    def __exit__(self, *error) -> None:
+        try:
+            written = [] if error[0] else [(self.outsides[id(t)], _outside(t)) for t in self.insides.values()]
+        finally:
+            torch._disable_functionalization()
+            self.insides, self.outsides = {}, {}
+        with torch.no_grad():
+            for value, new in written:
+                if new is not value:
+                    value.copy_(new)
 
 
 def _outside(value: Any) -> Any:
@@ -2132,71 +2146,78 @@ def _depth() -> int:
 # ------------------------------------------------------------------------------------------------ the graph: recording
 
 
-_TRACED = object()  # in the place of a tensor that a recorded call gives
+class _AtUse(_Spelling):
+    """Tensors from outside go into functionalisation where torch uses them; `made` are those that come out of it."""
+
+    def __init__(self, functional: _Functional):
+        super().__init__()
+        self.functional, self.made = functional, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = map_aggregate((args, kwargs or {}), self.functional.inside)
+        result = super().__torch_function__(function, types, args, kwargs)
+        if (outside := self.functional.outsides.get(id(result))) is not None:  # it was written into
+            return outside
+        results = list(result) if isinstance(result, Iterator) else result
+        map_aggregate(results, self.note)
+        return iter(results) if isinstance(result, Iterator) else result
+
+    def note(self, value: Any) -> None:
+        if _is_inside(value):
+            self.made[id(value)] = value
 
 
 class _Record(TorchDispatchMode):
     """A call of a network, carried out and written down operator by operator, for this call alone.
 
-    `arguments` are the tensors that its graph's places stand for, `values` what was computed, `before` the network's
-    `_contents`. In the network's places stand others while it runs, whose writes are seen.
+    `arguments` are the tensors that its graph's places stand for, `values` what was computed, `output` its result.
+    The graph's outputs are the tensors `kept`: all that the call has made and that are held, wherever that may be.
     """
 
-    def __init__(self, network: nn.Module, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]):
+    def __init__(self, network: nn.Module, inputs: tuple, keywords: dict):
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
-        self.graph, self.nodes, self.values, self.arguments = fx.Graph(), {}, {}, []
-        self.given = {id(t) for t in _tensors_held(inputs, keywords)}
-        small = (place for place, _ in before if len(place) <= LARGE)
-        held = {id(t): t for t in _tensors_of((inputs, *_held(small)))}
-        stand_ins = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in held.values()]
-        for stand_in, tensor in zip(stand_ins, held.values(), strict=True):
-            self.arrived(stand_in, tensor)
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            inside = dict(zip(held, tensors, strict=True))
-            for key, tensor in inside.items():
-                vars(tensor).update(vars(held[key]))
-            _exchange(before, inside)
-            output = network(*_exchanged(inputs, inside), **keywords)
-            after = _contents(network, inputs, keywords)
-            _exchange(after, {id(t): held[key] for key, t in inside.items()})
-            self.leaves, self.structure = pytree.tree_flatten(output)
-            self.kept = [
-                (place, key, *pytree.tree_flatten(value, _loose))
-                for place, _ in after if not isinstance(place, set) for key, value in _items(place)
-                if any(map(_is_inside, _tensors_of([value])))
-            ]  # fmt: skip
-            leaves = [leaf for leaves in (self.leaves, *(kept[2] for kept in self.kept)) for leaf in leaves]
-            self.traced = [leaf for leaf in leaves if _is_inside(leaf)]
-            return self.traced
-
-        with _Spelling(), self:
-            results = _functionalised(run, *stand_ins)
-        if any(isinstance(node, BackwardCFunction) for node in _nodes_behind(self.traced, self.arguments)):
+        self.graph, self.nodes, self.values, self.arguments, self.kept = fx.Graph(), {}, {}, [], []
+        self.given = {id(t) for t in _Held(inputs, keywords).tensors}
+        saved: list[Tensor] = []  # by autograd, which would hold them
+        collects, position = gc.isenabled(), lambda tensor: saved.append(tensor) or len(saved) - 1
+        gc.disable()  # what the call leaves in cycles stays young, and is found
+        try:
+            with self, _Functional() as functional, _AtUse(functional) as at_use:
+                with torch.autograd.graph.saved_tensors_hooks(position, saved.__getitem__):
+                    self.output = network(*inputs, **keywords)
+                behind = _nodes_behind(at_use.made.values())
+        finally:
+            if collects:
+                gc.enable()
+            saved.clear()
+            self.keep(at_use.made)
+        if any(isinstance(node, BackwardCFunction) for node in behind):
             raise TypeError(
                 f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}"
             )
-        self.replaced = _replaced(before, self.arguments, self.traced)
-        self.graph.output([self.node_of(t) for t in results])
+        self.graph.output([self.nodes[id(value)] for _, value in self.kept])
         _respell(self.graph)
-        # No tensor of functionalisation stays.
-        del self.traced
-        self.leaves = [_TRACED if _is_inside(leaf) else leaf for leaf in self.leaves]
-        for place, key, leaves, _ in self.kept:
-            place[key], leaves[:] = None, [_TRACED if _is_inside(leaf) else leaf for leaf in leaves]
 
-    def returned(self, outputs: list) -> Any:
-        """What the network returns, with these tensors in it; those that it keeps are put there."""
-        tensors = iter(outputs)
+    def keep(self, made: dict) -> None:
+        """Of tensors of functionalisation find those that are held; from here on they are plain ones."""
+        gc.collect(0)
+        made[None], unheld = torch.empty(0), None
+        while made:  # from the last to the first, since views hold their bases
+            _, tensor = made.popitem()
+            holders = sys.getrefcount(tensor)
+            unheld = unheld or holders
+            if holders > unheld:
+                with self:
+                    value = _outside(tensor)
+                    self.node_of(value)
+                self.kept.insert(0, (tensor, value))
+                torch.utils.swap_tensors(tensor, value.detach())
 
-        def filled(leaves: list, structure: Any) -> Any:
-            return pytree.tree_unflatten([next(tensors) if leaf is _TRACED else leaf for leaf in leaves], structure)
-
-        output = filled(self.leaves, self.structure)
-        for place, key, *value in self.kept:
-            place[key] = filled(*value)
-        return output
+    def fill(self, outputs: Iterable[Tensor]) -> None:
+        """What is held becomes these tensors."""
+        for (tensor, _), output in zip(self.kept, outputs, strict=True):
+            torch.utils.swap_tensors(tensor, output.clone())
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
@@ -2228,46 +2249,34 @@ class _Record(TorchDispatchMode):
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
     """A call of a rule, as it runs."""
-    before = _contents(rule.network, inputs, keywords)
+    before = _Held(rule.network, inputs, keywords)
     try:
         return _recorded(rule, inputs, keywords, before)
     except BaseException:
-        for place, kept in before:  # which may hold what was recorded
-            _refill(place, kept)
+        before.restore()
         raise
 
 
-def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: list[tuple[Any, Any]]) -> Any:
+def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any:
     with _without_backward_hooks(rule.known.modules.values()):
-        record = _Record(rule.network, inputs, keywords, before)
-    graph, tensors = _read(rule, record.graph, record.arguments, record.replaced), rule.tensors()
+        record = _Record(rule.network, inputs, keywords)
+    replaced = before.replaced(record.arguments, [tensor for tensor, _ in record.kept])
+    graph, tensors = _read(rule, record.graph, record.arguments, replaced), rule.tensors()
     fixed = {node: record.values[node] for node in graph.nodes if graph.kinds[node] == FIXED}
-
-    def survivor() -> fx.Node | None:
-        values = ((n, record.values[n]) for n in graph.nodes if graph.kinds[n] == ACTIVITY)
-        return next((n for n, value in values if isinstance(value, Tensor) and value._use_count() > 1), None)
-
-    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
-    node = None if watched else survivor()
-    for generation in (1, 2):
-        if node:  # in a cycle of Python, perhaps
-            gc.collect(generation)
-            node = survivor()
-    if node:
-        raise TypeError(
-            f"what {_operator(node)} computes at {_line(node)} is kept by a hook, an object or a global variable, in "
-            "which a recorded call leaves nothing; keep it in an attribute of a module, or return it as a tensor"
-        )
 
     def call(function: Callable, *args, **kwargs) -> Any:
         return function(*args, **kwargs)
 
     with _autocast_off(record.arguments):
-        outputs = rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed))
+        record.fill(rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed)))
+    for node, kind in graph.kinds.items():
+        value = record.values[node] if kind == ACTIVITY and node.op != "placeholder" else None
+        if isinstance(value, Tensor) and value._use_count() > 1 and not torch._C._len_torch_dispatch_stack():
+            raise TypeError(f"what {_operator(node)} computes at {_line(node)} is kept where a rule does not find it")
     _now.read = graph, None
     for node, value in record.values.items():  # nodes refer to each other, and would keep values until Python tidies up
         node.meta = {SHAPE: getattr(value, "shape", None)}
-    return record.returned(outputs)
+    return record.output
 
 
 # -------------------------------------------------------------------------------------- tensors, and what holds them
@@ -2341,9 +2350,8 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
-CONTAINERS = (dict, list, set, collections.deque)
-PLAIN = {int, float, bool, str, type(None), Tensor, nn.Parameter}  # which hold nothing else
-LARGE = 1000  # entries of a container, above which these are data that a call does not write into
+CONTAINERS = (dict, list, set, collections.deque, tuple)
+PLAIN = {int, float, bool, str, type(None)}  # which hold nothing else
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", __name__} - {"__main__"}  # whose objects and code hold no state
 
 
@@ -2354,27 +2362,88 @@ def _unseen():
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)  # the same tensor would be a cycle
 
 
-def _places(*roots: Any) -> list:
-    """Where networks and the like can hold something: attributes of modules and of objects, containers, and what hooks
-    and forward name; all that is reached from there, as far as it is of the user's own making."""
-    places: list = []
-    modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
-    seen, more = set(), [*roots, *modules, *{type(module).forward for module in modules}]
-    for value in more:  # and those that are found on the way
-        kind = type(value)  # and not by isinstance, which asks the value itself
-        code = issubclass(kind, types.FunctionType | types.MethodType | functools.partial)
-        origin = (value if code and hasattr(value, "__module__") else kind).__module__ or ""
-        followed = issubclass(kind, (nn.Module, types.SimpleNamespace, tuple, *CONTAINERS))
-        if id(value) in seen or not (followed or origin.partition(".")[0] not in FOREIGN):
-            continue
-        seen.add(id(value))
-        inside = value if issubclass(kind, CONTAINERS) else getattr(value, "__dict__", None)
-        if code or issubclass(kind, tuple):
-            more += _referred(value) if code else value
-        elif isinstance(inside, CONTAINERS):
-            places.append(inside)
-            more += [part for part in _held([inside]) if type(part) not in PLAIN]
-    return places
+class _Held:
+    """What networks, inputs and the like hold at this moment.
+
+    `contents` of places, which are attributes of modules and of objects, containers, and what hooks and forward name,
+    and all that is reached from there, as far as it is of the user's own making; the `tensors` in them; what `others`
+    they hold.
+    """
+
+    def __init__(self, *roots: Any):
+        self.contents: list[tuple[Any, list]] = []
+        self.tensors, self.others, seen = [], [], set()
+        modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
+        more = [*roots, *modules, *{type(module).forward for module in modules}]
+        for value in more:  # and those that are found on the way
+            kind = type(value)  # isinstance would ask the value itself
+            if issubclass(kind, Tensor):
+                self.tensors.append(value)
+            elif kind not in PLAIN and id(value) not in seen:
+                seen.add(id(value))
+                self.others.append(value)
+                if (place := _place_of(value)) is not None:
+                    self.contents.append((place, _items(place)))
+                    more += (part for _, part in self.contents[-1][1])
+                elif issubclass(kind, types.FunctionType | types.MethodType | functools.partial):
+                    more += _referred(value)
+
+    def buffers(self) -> list[Tensor]:
+        """And other tensors than parameters."""
+        return [t for t in self.tensors if not isinstance(t, nn.Parameter)]
+
+    def restore(self) -> None:
+        for place, content in self.contents:
+            if [(key, id(value)) for key, value in content] != [(key, id(value)) for key, value in _items(place)]:
+                kind = next(kind for kind in CONTAINERS if isinstance(place, kind))
+                kind.clear(place)
+                if kind is dict:
+                    dict.update(place, content)
+                else:
+                    (set.update if kind is set else kind.extend)(place, (value for _, value in content))
+
+    def replaced(self, arguments: Iterable, outputs: Iterable) -> dict[int, list[int]]:
+        """Of tensors that are no longer where they were, those that are there now (of a list that grows, all), by their
+        positions among a call's arguments and outputs."""
+        positions = {id(t): k for k, t in reversed([*enumerate([*arguments, *outputs])])}
+        found: dict[int, list[int]] = {}
+        contents = {id(place): content for place, content in self.contents}
+        for place, content in self.contents:
+            if isinstance(place, dict):
+                later = dict(_items(place))
+                pairs = [([value], [later.get(key)]) for key, value in content if later.get(key) is not value]
+            else:
+                values, later = ([value for _, value in items] for items in (content, _items(place)))
+                same = len(values) == len(later) and all(map(operator.is_, values, later))
+                pairs = [] if same else [(values, later)]
+            for pair in pairs:
+                old, new = _tensors_within(pair[0], contents), _tensors_within(pair[1], {})
+                as_they_stand = len(old) == len(new)
+                for k, one in enumerate(old):
+                    others = [t for t in (new[k : k + 1] if as_they_stand else new) if t is not one]
+                    if id(one) in positions and (others or not as_they_stand):
+                        found.setdefault(positions[id(one)], []).extend(
+                            positions[id(t)] for t in others if id(t) in positions
+                        )
+        return found
+
+
+def _place_of(value: Any) -> Any:
+    """Where a value holds others: itself, or its attributes; None for what is not of the user's making."""
+    kind = type(value)
+    if issubclass(kind, CONTAINERS):
+        return value
+    followed = issubclass(kind, nn.Module | types.SimpleNamespace) or not _is_foreign(kind)
+    place = getattr(value, "__dict__", None) if followed else None
+    return place if isinstance(place, dict) else None
+
+
+def _is_foreign(code: Any) -> bool:
+    return (code.__module__ or "").partition(".")[0] in FOREIGN
+
+
+def _items(place: Any) -> list[tuple[Any, Any]]:
+    return list(dict.items(place) if isinstance(place, dict) else enumerate(place))
 
 
 def _referred(function: Any) -> list:
@@ -2383,6 +2452,8 @@ def _referred(function: Any) -> list:
         return [*function.args, *function.keywords.values(), function.func]
     if isinstance(function, types.MethodType):
         return [function.__self__, function.__func__]
+    if _is_foreign(function):
+        return []
     found = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     with contextlib.suppress(ValueError):  # a variable that is not there yet
         variables = inspect.getclosurevars(function)
@@ -2390,94 +2461,26 @@ def _referred(function: Any) -> list:
     return found
 
 
-def _items(place: Any) -> list[tuple[Any, Any]]:
-    return list(dict.items(place) if isinstance(place, dict) else enumerate(place))
-
-
-def _held(places: Iterable) -> list:
-    return [value for place in places for _, value in _items(place)]
-
-
-def _refill(place: Any, content: Any) -> None:
-    before, now = _items(content), _items(place)
-    if len(before) != len(now) or any(a is not c or b is not d for (a, b), (c, d) in zip(before, now, strict=True)):
-        place.clear()
-        (place.extend if isinstance(place, list | collections.deque) else place.update)(content)
-
-
-def _loose(values: Any) -> bool:
-    """Whether it is no tuple, in which nothing can be put; others are places of their own."""
-    return not isinstance(values, tuple)
-
-
-def _exchanged(value: Any, others: Mapping[int, Tensor]) -> Any:
-    """A tensor or tuple with other tensors in the places of some, which are given by identity."""
-    return pytree.tree_map(lambda t: others.get(id(t), t), value, is_leaf=_loose)
-
-
-def _exchange(contents: Iterable[tuple[Any, Any]], others: Mapping[int, Tensor]) -> None:
-    for place, content in contents:
-        for key, value in _items(content) if not isinstance(place, set) and len(place) <= LARGE else ():
-            if any(id(t) in others for t in _tensors_of([value])):
-                place[key] = _exchanged(value, others)
-
-
-def _contents(*roots: Any) -> list[tuple[Any, Any]]:
-    return [(p, next(kind for kind in CONTAINERS if isinstance(p, kind)).copy(p)) for p in _places(*roots)]
-
-
-def _replaced(before: list[tuple[Any, Any]], arguments: Iterable, outputs: Iterable) -> dict[int, list[int]]:
-    """Of tensors that a network no longer keeps where it kept them, those that it keeps there now (of a list that
-    grows, all), by their positions among a call's arguments and outputs."""
-    positions = {id(t): k for k, t in reversed([*enumerate([*arguments, *outputs])])}
-    found: dict[int, list[int]] = {}
-    for place, kept in before:
-        if isinstance(place, dict):
-            pairs = [(value, place.get(key)) for key, value in kept.items() if place.get(key) is not value]
-        else:
-            same = len(kept) == len(place) and all(map(operator.is_, kept, place))
-            pairs = [] if same else [(tuple(kept), tuple(place))]
-        for pair in pairs:
-            old, new = (_tensors_of([part]) for part in pair)
-            if len(old) == len(new):  # as they stand
-                changed = [(one, [other]) for one, other in zip(old, new, strict=True) if one is not other]
-            else:
-                changed = [(one, new) for one in old]
-            for one, others in changed:
-                if id(one) in positions:
-                    found.setdefault(positions[id(one)], []).extend(
-                        positions[id(t)] for t in others if id(t) in positions
-                    )
-    return found
-
-
-def _tensors_of(values: Iterable) -> list[Tensor]:
-    """Those among these values and in tuples among them."""
-    found = []
+def _tensors_within(values: Iterable, contents: Mapping[int, list], seen: set | None = None) -> list[Tensor]:
+    """Those among these values and in what these hold: what is given here by identity, else what they hold now."""
+    found, seen = [], set() if seen is None else seen
     for value in values:
-        if isinstance(value, Tensor | tuple):
-            found += [value] if isinstance(value, Tensor) else _tensors_of(value)
+        if issubclass(type(value), Tensor):
+            found.append(value)
+        elif type(value) not in PLAIN and id(value) not in seen and (place := _place_of(value)) is not None:
+            seen.add(id(value))
+            inside = contents[id(place)] if id(place) in contents else _items(place)
+            found += _tensors_within([part for _, part in inside], contents, seen)
     return found
-
-
-def _tensors_held(*roots: Any) -> list[Tensor]:
-    """The tensors in what networks and others hold."""
-    return _tensors_of((*roots, *_held(_places(*roots))))
-
-
-def _kept_by(*roots: Any) -> list[Tensor]:
-    """Those other than parameters."""
-    return [t for t in _tensors_held(*roots) if not isinstance(t, nn.Parameter)]
 
 
 @contextlib.contextmanager
 def _undisturbed(network: nn.Module, values: Any = ()):
     """What runs inside leaves no trace in a network, in these tensors, in generators of random numbers."""
-    before = _contents(network, values)
-    contents = [(t, t.detach().clone()) for t in {id(t): t for t in _kept_by(network, values)}.values()]
+    before = _Held(network, values)
+    contents = [(t, t.detach().clone()) for t in {id(t): t for t in before.buffers()}.values()]
     data = [(parameter, parameter.data, parameter.grad) for parameter in network.parameters()]
-    held = (*_held(place for place, _ in before), *pytree.tree_leaves(values))
-    states = [(write, read()) for read, write in _generators(held)]
+    states = [(write, read()) for read, write in _generators(before.others)]
     kind = next((p.device.type for p in network.parameters() if p.device.type not in ("cpu", "meta", "mps")), "cpu")
     devices = {p.device.index for p in network.parameters() if p.device.type == kind != "cpu"}
     try:
@@ -2486,8 +2489,7 @@ def _undisturbed(network: nn.Module, values: Any = ()):
                 parameter.grad = None
             yield
     finally:
-        for place, kept in before:
-            _refill(place, kept)
+        before.restore()
         for tensor, content in contents:
             with contextlib.suppress(RuntimeError):  # where entries share memory, which nothing can write to
                 tensor.data.copy_(content)
@@ -2503,11 +2505,12 @@ def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
     found = []
     numpy = sys.modules.get("numpy")
     for value in (random, *([numpy.random] if numpy else []), *held):
-        if numpy and isinstance(value, numpy.random.Generator):
+        kind = value if type(value) is types.ModuleType else type(value)  # hasattr would ask the value itself
+        if numpy and kind is numpy.random.Generator:
             bits = value.bit_generator
             found.append((lambda bits=bits: bits.state, functools.partial(setattr, bits, "state")))
         for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
-            if hasattr(value, get) and hasattr(value, put):
+            if hasattr(kind, get) and hasattr(kind, put):
                 found.append((getattr(value, get), getattr(value, put)))
     return found
 
