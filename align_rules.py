@@ -263,7 +263,7 @@ class Rule(nn.Module):
 
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
-    back = "W"  # what carries errors back through a layer, in words
+    back, entry = "W", "its input"  # what carries errors back through a layer and where they enter, in words
     recorded: Mapping = types.MappingProxyType({})  # kinds of recorded calls that were checked; whether always recorded
 
     def __init__(self, network: nn.Module, activities: Names = ()):
@@ -288,15 +288,19 @@ class Rule(nn.Module):
 
     def enters(self, graph: "Graph", layer: "Layer") -> str:
         """Where the error that is sent through a layer enters, in words."""
-        return "its input"
+        return self.entry
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """What stands in for parameters when errors go back, by their names; empty if nothing does."""
         return {}
 
-    def become_backprop(self) -> None:
-        """Change the network's parameters to those at which the rule is backprop; ValueError if there are none."""
+    def backprop_at(self) -> dict[str, Tensor]:
+        """Values of parameters, by name, at which the rule is backprop; ValueError if there are none."""
         raise ValueError(f"{type(self).__name__} is backprop at no parameters; nothing can be compared")
+
+    def become_backprop(self) -> None:
+        for name, value in self.backprop_at().items():
+            self.network.get_parameter(name).data.copy_(value.data)
 
     def explain(self, *inputs, code: bool = False, **keywords) -> str:
         """What the rule is on this network, for a batch: its layers in the order of their calls, what carries their
@@ -349,8 +353,8 @@ class Backprop(Rule):
     def derive(self, draft: "Draft") -> list:
         return draft.outputs(draft.follow(draft.places))
 
-    def become_backprop(self) -> None:
-        pass  # it is
+    def backprop_at(self) -> dict[str, Tensor]:
+        return {}  # at any
 
 
 class LastLayer(Rule):
@@ -365,7 +369,7 @@ class LastLayer(Rule):
     """
 
     layerwise = False
-    back = "nothing"
+    back, entry = "nothing", "-"
 
     def __init__(self, network: nn.Module, learns: Names | None = None):
         super().__init__(network)
@@ -379,9 +383,6 @@ class LastLayer(Rule):
         frozen = [place for place, name in draft.graph.parameters.items() if name not in self.learns]
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
         return draft.outputs(draft.follow(now))
-
-    def enters(self, graph: "Graph", layer: "Layer") -> str:
-        return "-"
 
 
 class FeedbackAlignment(Rule):
@@ -413,7 +414,7 @@ class FeedbackAlignment(Rule):
         added: Names = (),
     ):  # fmt: skip
         super().__init__(network, added)
-        given, parameters = feedback or {}, dict(network.named_parameters())
+        given, parameters = feedback or {}, self.known.parameters
         self.names = _stood_in_for(network, self.activities, given)
         self.feedback = _Tensors(
             (str(k), _like(parameters[n], given[n]) if n in given else self.drawn(parameters[n].detach(), generator))
@@ -446,10 +447,8 @@ class FeedbackAlignment(Rule):
     def feedback_weights(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.feedback, strict=True))
 
-    @torch.no_grad()
-    def become_backprop(self) -> None:
-        for name, feedback in self.feedback_weights().items():
-            self.network.get_parameter(name).data.copy_(feedback)
+    def backprop_at(self) -> dict[str, Tensor]:
+        return self.feedback_weights()
 
 
 class AlignProp(FeedbackAlignment):
@@ -519,10 +518,10 @@ class SignSymmetry(FeedbackAlignment):
             return torch.full_like(parameter, constant, requires_grad=False)
         return _normal_like(parameter, constant, generator).abs()
 
-    def become_backprop(self) -> None:
+    def backprop_at(self) -> dict[str, Tensor]:
         if self.variant == "brSF":
             raise ValueError("brSF draws its magnitudes anew at every call: it is backprop nowhere")
-        super().become_backprop()
+        return self.feedback_weights()
 
     @torch.no_grad()
     def tensors(self) -> Mapping[str, Any]:
@@ -559,15 +558,15 @@ class KolenPollack(FeedbackAlignment):
         self.versions: list[int] = []  # of weights and feedback at the last call
 
     def tensors(self) -> Mapping[str, Any]:
-        weights = [w for name in self.names if (w := self.network.get_parameter(name)).requires_grad]
-        before, self.versions = self.versions, [sum(t._version for t in ts) for ts in (weights, self.feedback)]
+        B = self.feedback_weights()
+        learning = {name: w for name in B if (w := self.network.get_parameter(name)).requires_grad}
+        before, self.versions = self.versions, [sum(t._version for t in ts) for ts in (learning.values(), B.values())]
         if before and before[0] != self.versions[0] and before[1] == self.versions[1]:
             warnings.warn(
                 "the weights have changed and their feedback weights have not, which is feedback alignment: give the "
                 "optimiser rule.parameters(), not network.parameters()", stacklevel=_depth()
             )  # fmt: skip
-        learning = {name: self.network.get_parameter(name).requires_grad for name in self.names}
-        return {f"feedback.{n}": B if learning[n] else B.data for n, B in self.feedback_weights().items()}
+        return {f"feedback.{name}": b if name in learning else b.data for name, b in B.items()}
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         # dB = dW, through whatever the network makes of the weight before it uses it; 1 B, so that .grad has memory of
@@ -681,7 +680,7 @@ class DirectFeedbackAlignment(Rule):
         RuntimeError: at backward(), an input is to have a gradient: none goes there.
     """
 
-    back = "nothing; B^T e enters at the end of every block"
+    back, entry = "nothing; B^T e enters at the end of every block", "-"
 
     def __init__(
         self, network: nn.Module, feedback: Iterable[Tensor] | None = None, pooled: bool = False,
@@ -787,9 +786,6 @@ class DirectFeedbackAlignment(Rule):
             raise ValueError("activities' first dimension must be the batch, the output's first or batch_dim=...")
         return examples, math.prod(others)
 
-    def enters(self, graph: "Graph", layer: "Layer") -> str:
-        return "-"
-
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         if not self.given:  # drawn at the first call: there, or not yet, as in the state
             start, like = f"{prefix}feedback.", next(self.network.parameters())
@@ -848,12 +844,9 @@ class _FromInitial(Rule):
         kept = self.initial.named()
         return {name: kept[name] for name in _stood_in_for(self.network, self.activities, {})}
 
-    @torch.no_grad()
-    def become_backprop(self) -> None:
+    def backprop_at(self) -> dict[str, Tensor]:
         kept = self.initial.named()
-        for name, parameter in self.network.named_parameters():
-            if name not in self.live:
-                parameter.data.copy_(kept[name])
+        return {name: kept[name] for name in self.kept if name in self.known.parameters}
 
 
 class AlignZero(_FromInitial):
@@ -1001,10 +994,8 @@ def verify(
             rule.double()
         for parameter in rule.network.parameters():
             parameter.data = _not_zero(parameter.data)
-        held = rule.initial.named() if isinstance(rule, _FromInitial) else rule.feedback_weights()
-        for name, tensor in held.items():
-            if name in rule.known.parameters:
-                tensor.data.copy_(_not_zero(tensor.data))
+        for held in rule.backprop_at().values():
+            held.data.copy_(_not_zero(held.data))
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
@@ -1232,77 +1223,80 @@ class Graph:
         given = dict(zip(self.places, arguments, strict=True))
         self.names = {place: known.names.get(id(value)) for place, value in given.items()}
         self.parameters = {place: name for place, name in self.names.items() if name in known.parameters}
-        self.learning = {place for place, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
         writes = {n: n.args[0] for n in nodes if n.target is aten.copy_.default and n.args[0] in self.names}
         self.state = {place: node.args[1] for node, place in writes.items()}
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
-        weights = {place for place, name in self.parameters.items() if name not in activities}
-        statistics = {place for place, name in self.names.items() if name in known.statistics}
-        active = {place for place in self.places if place.meta[GIVEN]} | self.learning | self.parameters.keys()
-        put = [(place, [node]) for place, node in self.state.items()]
         tensors = [*self.places, *self.output]
         self.kept = {tensors[k] for k in replaced}
+        put = [(place, [node]) for place, node in self.state.items()]
         put += [(tensors[k], [tensors[n] for n in others]) for k, others in replaced.items()]
-        starts: set[tuple[fx.Node, fx.Node]] = set()
-        while True:
-            first = self._read(weights, statistics, active, starts)
-            more = {
-                p for p, nodes in put if self.kinds[p] == FIXED and any(self.kinds.get(n) == ACTIVITY for n in nodes)
-            }
-            if not more and first is None:
+        self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
+        handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
+        active, starts = handed | self.reached | self.parameters.keys(), set()
+        of_names = {place: () for place, name in self.names.items() if name in known.statistics}
+        of_names |= {place: (name,) for place, name in self.parameters.items() if name not in activities}
+        while True:  # until every activity is known as one
+            others = self._classify(of_names, active, starts)
+            if more := {p for p, nodes in put if self.kinds[p] == FIXED and ACTIVITY in map(self.kinds.get, nodes)}:
+                active |= more
+            elif start := self._start(others):
+                starts.add(start)
+            else:
                 break
-            active |= more
-            starts |= {first} if first and not more else set()
         self.last = next(reversed(self.layers.values()), None)
-        self.reached = set(self.learning)  # by what is learned, with a gradient
-        for node in self.nodes:
+        for node in self.nodes:  # `reached` by what is learned, with a gradient
             if node.target is not torch.detach and _flows(node) and not self.reached.isdisjoint(node.all_input_nodes):
                 self.reached.add(node)
         self.results = [f for f in self.output if self.kinds.get(f) == ACTIVITY and f in self.reached]
 
-    def _read(self, weights: set, statistics: set, active: set, starts: set) -> tuple[fx.Node, fx.Node] | None:
-        """Returns the first layer whose activity no input has reached, with that, if it is not among `starts` yet."""
-        self.kinds: dict[fx.Node, int] = {}
+    def _classify(self, of_names: Mapping, active: set, starts: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Finds kinds and layers; of these `starts` are the ones whose activity no input has reached, with that.
+
+        Returns the other products with a weight that is made of parameters, with their two factors.
+        """
         self.layers: dict[fx.Node, Layer] = {}
-        sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
-        others = []  # products of constants and weights, or of weights
-        for place, name in self.names.items():
-            if place in weights or place in statistics:
-                self.kinds[place], sources[place] = WEIGHT, frozenset([name] if place in weights else [])
-            else:
-                self.kinds[place] = ACTIVITY if _is_tensor(place) and place in active else FIXED
+        self.kinds = {p: WEIGHT if p in of_names else ACTIVITY if p in active else FIXED for p in self.places}
+        self.sources = {place: frozenset(names) for place, names in of_names.items()}  # of weights, parameters
+        others = []
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
-            self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
+            kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
-                if sources.get(weight) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
-                    self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
-                    self.kinds[node] = kind = ACTIVITY
-                elif sources.get(weight):
+                if (names := self.sources.get(weight)) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
+                    self.layers[node] = Layer(node, one, other, tuple(sorted(names)))
+                    kind = ACTIVITY
+                elif names:
                     others.append((node, read, weight))
+            self.kinds[node] = kind
             if kind == WEIGHT:
-                sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
-        # What layers' weights are made of, and what else meets activities; all, where nothing is one.
+                parts = (self.sources.get(part, ()) for part in node.all_input_nodes)
+                self.sources[node] = frozenset().union(*parts)
+        return others
+
+    def _start(self, others: Iterable) -> tuple[fx.Node, fx.Node] | None:
+        """The first of these products that is a layer although no input has reached it, and its activity; notes those
+        that are `unclear`. They meet activities otherwise than in the weight of a layer."""
         weighing, meeting = {layer.weight for layer in self.layers.values()}, set()
         for node in reversed(self.nodes):
             layer = self.layers.get(node)
             parts = {part for part in node.all_input_nodes if not layer or part is not layer.weight}
             weighing |= parts if node in weighing else set()
-            meeting |= parts if self.kinds[node] == ACTIVITY or node in meeting else set()
-        at_large = [k for k in others if k[0] not in weighing and k[0] not in self.layers]
-        at_large = [k for k in at_large if k[0] in meeting or self.kinds[k[0]] == ACTIVITY or not self.layers]
+            meeting |= {node, *parts} if self.kinds[node] == ACTIVITY or node in meeting else set()
         known = {name for layer in self.layers.values() for name in layer.names}
-        alone = {layer.names[0] for layer in self.layers.values() if len(layer.names) == 1}
-        both = [(node, sources[read], sources[weight]) for node, read, weight in at_large if sources.get(read)]
-        self.unclear = {node for node, one, other in both if not (one | other) & known}
-        # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
-        clear = (
-            (node, read) for node, read, weight in at_large if self.kinds[read] == FIXED
-            or (len(sources[weight]) == 1 and sources[weight] <= alone and not sources[read] & known)
-        )  # fmt: skip
-        return next(clear, None)
+        alone = [{*layer.names} for layer in self.layers.values() if len(layer.names) == 1]
+        self.unclear = set()
+        for node, read, weight in others:
+            if node in weighing or node in self.layers or (self.layers and node not in meeting):
+                continue
+            of_read, of_weight = self.sources.get(read, frozenset()), self.sources[weight]
+            # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
+            if self.kinds[read] == FIXED or (of_weight in alone and not of_read & known):
+                return node, read
+            if of_read and not (of_read | of_weight) & known:
+                self.unclear.add(node)
+        return None
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
@@ -1324,11 +1318,9 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        differentiated, more = set(), [*self.results]
-        while more:
-            if (node := more.pop()) in self.reached and node not in differentiated:
-                differentiated.add(node)
-                more += node.all_input_nodes
+        differentiated = {*self.results}
+        for node in reversed(self.nodes):
+            differentiated |= self.reached.intersection(node.all_input_nodes) if node in differentiated else set()
         for node in self.nodes:
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -1370,10 +1362,6 @@ def _rearranges(node: fx.Node) -> bool:
 
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _flows(node: fx.Node) -> bool:
