@@ -429,14 +429,18 @@ class FeedbackAlignment(Rule):
         return {f"feedback.{name}": B.data for name, B in self.feedback_weights().items()}
 
     def derive(self, draft: "Draft") -> list:
-        for layer in draft.graph.layers.values():
-            if not set(layer.names) & set(self.names) and draft.graph.kinds[layer.activity] != FIXED:
+        graph = draft.graph
+        for layer in graph.layers.values():
+            if set(layer.names).isdisjoint(self.names) and graph.kinds[layer.activity] != FIXED:
                 raise ValueError(
                     f"the weight {layer.names} has no feedback; give it two dimensions, or feedback for it"
                 )
-        B = draft.stand_ins(self.names)
+        B = {}  # what stands in for parameters, and what the network makes of that
+        for place, name in graph.names.items():
+            if graph.kinds[place] == WEIGHT:
+                B[place] = draft.own(f"feedback.{name}") if name in self.names else draft.call(sg, draft.places[place])
         now = draft.follow(draft.places, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
-        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]
+        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # also of no layer: no second derivative
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         """y = a W, and the error at y goes to a through B."""
@@ -711,29 +715,32 @@ class DirectFeedbackAlignment(Rule):
             copies = _operator(node) in ("clone", "_to_copy")
             return copies or (_rearranges(node) and node.meta["val"].shape[:1] != examples)
 
-        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}
+        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}  # what inputs have reached
         for node in graph.nodes:
-            fed |= set() if fed.isdisjoint(node.all_input_nodes) else {node}
+            parts = set(node.all_input_nodes)
+            fed |= {node} if fed & parts else set()
             layer = graph.layers.get(node)
             if layer and layer.recurrent:
                 raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
             if _operator(node).startswith("_thnn_fused"):
                 raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
-            layer = layer if layer and layer.activity in fed else None
-            place = layer.activity if layer else node
-            while place in inside and ends_elsewhere(place) and len(parts := graph.parts(place)) == 1:
-                inside.discard(place)
-                place = parts[0]
-            if layer and place in inside:
-                end(place)
-            now[node] = draft.cut(layer, now) if layer else draft.again(node, now)
-            others = {part for part in node.all_input_nodes if graph.kinds[part] == ACTIVITY} - fed
-            joined = node in fed and not graph.reached.isdisjoint(others)  # by what no input has reached, but learns
-            if layer or joined or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
+            if layer and layer.activity in fed:
+                place = layer.activity
+                while place in inside and ends_elsewhere(place) and len(graph.parts(place)) == 1:
+                    inside.discard(place)
+                    place = graph.parts(place)[0]
+                if place in inside:
+                    end(place)
+                now[node] = draft.cut(layer, now)
                 inside.add(node)
-                activation = node.args[0] if _operator(node) == "getitem" else node
-                if _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
-                    end(node)
+            else:
+                now[node] = draft.again(node, now)
+                joined = {part for part in parts - fed if graph.kinds[part] == ACTIVITY} & graph.reached
+                if graph.kinds[node] == ACTIVITY and (inside & parts or (node in fed and joined)):
+                    inside.add(node)
+            activation = node.args[0] if _operator(node) == "getitem" else node
+            if node in inside and _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
+                end(node)
         if result not in inside:
             raise ValueError("the network ends in an activation, behind which e is not seen; apply that outside of it")
         data = [value for place, value in draft.places.items() if _flows(place) and not graph.names[place]]
@@ -744,14 +751,12 @@ class DirectFeedbackAlignment(Rule):
     def direct(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> Tensor:
         """The output; its gradient goes to it and, through the feedback, to the ends of blocks, not to the inputs."""
         examples, entries = self._by_example(output, ends, inputs)
+        shapes = [(entries, *end.shape[1:]) for end in ends]
         if not self.given and not len(self.feedback):
             stream = _stream(self.seed)
-            for end in ends:
-                empty = end.new_empty(entries, *(end.shape[1:2] if self.pooled else end.shape[1:]))
-                self.feedback.add(
-                    str(len(self.feedback)), _normal_like(empty, max(empty.shape[1:].numel(), 1) ** -0.5, stream)
-                )
-        shapes = [(entries, *end.shape[1:]) for end in ends]
+            for k, (end, shape) in enumerate(zip(ends, shapes, strict=True)):
+                B = end.new_empty(shape[:2] if self.pooled else shape)
+                self.feedback.add(str(k), _normal_like(B, max(B.shape[1:].numel(), 1) ** -0.5, stream))
         given = [tuple(B.shape) for B in self.feedback]
         if len(given) != len(shapes) or any(B not in (s, s[:2]) for B, s in zip(given, shapes, strict=True)):
             raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
@@ -828,17 +833,11 @@ class _FromInitial(Rule):
     def tensors(self) -> Mapping[str, Any]:
         return {f"initial.{name}": t.data for name, t in self.initial.named().items()}
 
-    def initially(self, draft: "Draft", now: dict, of_input: Callable[[Any], Any]) -> dict:
-        """The initial network's values before it runs: its parameters and statistics; what both networks share.
-
-        Args:
-            of_input: from an input's value, or that of a live parameter, to the initial network's.
-        """
-        first = {node: now[node] for node, kind in draft.graph.kinds.items() if kind == FIXED}
-        for place, value in draft.places.items():
-            name = draft.graph.names[place]
-            first[place] = draft.own(f"initial.{name}") if name in self.kept else of_input(value)
-        return first
+    def initially(self, draft: "Draft", now: dict, places: Mapping) -> dict:
+        """The initial network's values before it runs: what both share, these inputs, its parameters and statistics."""
+        shared = {node: now[node] for node, kind in draft.graph.kinds.items() if kind == FIXED}
+        own = {place: draft.own(f"initial.{name}") for place, name in draft.graph.names.items() if name in self.kept}
+        return {**shared, **places, **own}
 
     def feedback_weights(self) -> dict[str, Tensor]:
         kept = self.initial.named()
@@ -870,7 +869,7 @@ class AlignZero(_FromInitial):
 
     def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
         """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
-        first = self.initially(draft, now, lambda value: value)
+        first = self.initially(draft, now, draft.places)
         for place in draft.graph.parameters:
             live = draft.graph.names[place] in self.live
             first[place] = receivers[place] if live else draft.call(swap_grad, first[place], receivers[place])
@@ -926,7 +925,7 @@ class AlignAda(_FromInitial):
                     coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
             return draft.again(layer.node, first, {layer.position: coupled[a]}, **states)
 
-        first = self.initially(draft, now, lambda value: draft.call(sg, value))
+        first = self.initially(draft, now, {place: draft.call(sg, value) for place, value in draft.places.items()})
         first = draft.follow(first, coupling, initial=self.kept)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
@@ -1436,13 +1435,6 @@ class Draft:
         options = node.args[3:9] if node.target is aten.convolution.default else node.kwargs.get("alpha", 1)
         return node.target, int(layer.position > layer.weight_position), map_arg(options, values.__getitem__)
 
-    def stand_ins(self, names: Names) -> dict[fx.Node, Any]:
-        """In the places of these parameters the rule's tensors "feedback.name", in those of others what is there."""
-        learned = {place: name for place, name in self.graph.names.items() if self.graph.kinds[place] == WEIGHT}
-        return {
-            p: self.own(f"feedback.{n}") if n in names else self.call(sg, self.places[p]) for p, n in learned.items()
-        }
-
     def follow(
         self, given: Mapping, at_layer: Callable | None = None, stand_ins: dict | None = None, initial: Names = ()
     ) -> dict:
@@ -1460,15 +1452,17 @@ class Draft:
         for node in self.graph.nodes:
             if initial and self.graph.kinds[node] == ACTIVITY:
                 _require_repeatable(node)
-            if node not in values:
-                layer = self.graph.layers.get(node) if at_layer else None
-                if initial and node in self.states:
-                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
-                    continue
+            if node in values:
+                pass
+            elif at_layer and node in self.graph.layers:
+                values[node] = at_layer(self.graph.layers[node], values)
+            elif initial and node in self.states:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
+            else:
                 if _may_draw_inside(node):
                     self.states[node] = self.call(_generators_now)
-                values[node] = at_layer(layer, values) if layer else self.again(node, values)
+                values[node] = self.again(node, values)
             if stand_ins is not None and self.graph.kinds[node] == WEIGHT:
                 stand_ins[node] = self.again(node, collections.ChainMap(stand_ins, values))
         self.put_back(values, initial)
