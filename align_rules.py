@@ -263,7 +263,7 @@ class Rule(nn.Module):
 
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
-    back = "W"  # what carries errors back through a layer, in words
+    back, entry = "W", "its input"  # what carries errors back through a layer and where they enter, in words
     recorded: Mapping = types.MappingProxyType({})  # kinds of recorded calls that were checked; whether always recorded
 
     def __init__(self, network: nn.Module, activities: Names = ()):
@@ -288,15 +288,19 @@ class Rule(nn.Module):
 
     def enters(self, graph: "Graph", layer: "Layer") -> str:
         """Where the error that is sent through a layer enters, in words."""
-        return "its input"
+        return self.entry
 
     def feedback_weights(self) -> dict[str, Tensor]:
         """What stands in for parameters when errors go back, by their names; empty if nothing does."""
         return {}
 
-    def become_backprop(self) -> None:
-        """Change the network's parameters to those at which the rule is backprop; ValueError if there are none."""
+    def backprop_at(self) -> dict[str, Tensor]:
+        """Values of parameters, by name, at which the rule is backprop; ValueError if there are none."""
         raise ValueError(f"{type(self).__name__} is backprop at no parameters; nothing can be compared")
+
+    def become_backprop(self) -> None:
+        for name, value in self.backprop_at().items():
+            self.network.get_parameter(name).data.copy_(value.data)
 
     def explain(self, *inputs, code: bool = False, **keywords) -> str:
         """What the rule is on this network, for a batch: its layers in the order of their calls, what carries their
@@ -349,8 +353,8 @@ class Backprop(Rule):
     def derive(self, draft: "Draft") -> list:
         return draft.outputs(draft.follow(draft.places))
 
-    def become_backprop(self) -> None:
-        pass  # it is
+    def backprop_at(self) -> dict[str, Tensor]:
+        return {}  # at any
 
 
 class LastLayer(Rule):
@@ -365,7 +369,7 @@ class LastLayer(Rule):
     """
 
     layerwise = False
-    back = "nothing"
+    back, entry = "nothing", "-"
 
     def __init__(self, network: nn.Module, learns: Names | None = None):
         super().__init__(network)
@@ -379,9 +383,6 @@ class LastLayer(Rule):
         frozen = [place for place, name in draft.graph.parameters.items() if name not in self.learns]
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
         return draft.outputs(draft.follow(now))
-
-    def enters(self, graph: "Graph", layer: "Layer") -> str:
-        return "-"
 
 
 class FeedbackAlignment(Rule):
@@ -413,7 +414,7 @@ class FeedbackAlignment(Rule):
         added: Names = (),
     ):  # fmt: skip
         super().__init__(network, added)
-        given, parameters = feedback or {}, dict(network.named_parameters())
+        given, parameters = feedback or {}, self.known.parameters
         self.names = _stood_in_for(network, self.activities, given)
         self.feedback = _Tensors(
             (str(k), _like(parameters[n], given[n]) if n in given else self.drawn(parameters[n].detach(), generator))
@@ -428,14 +429,18 @@ class FeedbackAlignment(Rule):
         return {f"feedback.{name}": B.data for name, B in self.feedback_weights().items()}
 
     def derive(self, draft: "Draft") -> list:
-        for layer in draft.graph.layers.values():
-            if not set(layer.names) & set(self.names) and draft.graph.kinds[layer.activity] != FIXED:
+        graph = draft.graph
+        for layer in graph.layers.values():
+            if set(layer.names).isdisjoint(self.names) and graph.kinds[layer.activity] != FIXED:
                 raise ValueError(
                     f"the weight {layer.names} has no feedback; give it two dimensions, or feedback for it"
                 )
-        B = draft.stand_ins(self.names)
+        B = {}  # what stands in for parameters, and what the network makes of that
+        for place, name in graph.names.items():
+            if graph.kinds[place] == WEIGHT:
+                B[place] = draft.own(f"feedback.{name}") if name in self.names else draft.call(sg, draft.places[place])
         now = draft.follow(draft.places, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
-        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]
+        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # also of no layer: no second derivative
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         """y = a W, and the error at y goes to a through B."""
@@ -446,10 +451,8 @@ class FeedbackAlignment(Rule):
     def feedback_weights(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.feedback, strict=True))
 
-    @torch.no_grad()
-    def become_backprop(self) -> None:
-        for name, feedback in self.feedback_weights().items():
-            self.network.get_parameter(name).data.copy_(feedback)
+    def backprop_at(self) -> dict[str, Tensor]:
+        return self.feedback_weights()
 
 
 class AlignProp(FeedbackAlignment):
@@ -519,10 +522,10 @@ class SignSymmetry(FeedbackAlignment):
             return torch.full_like(parameter, constant, requires_grad=False)
         return _normal_like(parameter, constant, generator).abs()
 
-    def become_backprop(self) -> None:
+    def backprop_at(self) -> dict[str, Tensor]:
         if self.variant == "brSF":
             raise ValueError("brSF draws its magnitudes anew at every call: it is backprop nowhere")
-        super().become_backprop()
+        return self.feedback_weights()
 
     @torch.no_grad()
     def tensors(self) -> Mapping[str, Any]:
@@ -559,15 +562,15 @@ class KolenPollack(FeedbackAlignment):
         self.versions: list[int] = []  # of weights and feedback at the last call
 
     def tensors(self) -> Mapping[str, Any]:
-        weights = [w for name in self.names if (w := self.network.get_parameter(name)).requires_grad]
-        before, self.versions = self.versions, [sum(t._version for t in ts) for ts in (weights, self.feedback)]
+        B = self.feedback_weights()
+        learning = {name: w for name in B if (w := self.network.get_parameter(name)).requires_grad}
+        before, self.versions = self.versions, [sum(t._version for t in ts) for ts in (learning.values(), B.values())]
         if before and before[0] != self.versions[0] and before[1] == self.versions[1]:
             warnings.warn(
                 "the weights have changed and their feedback weights have not, which is feedback alignment: give the "
                 "optimiser rule.parameters(), not network.parameters()", stacklevel=_depth()
             )  # fmt: skip
-        learning = {name: self.network.get_parameter(name).requires_grad for name in self.names}
-        return {f"feedback.{n}": B if learning[n] else B.data for n, B in self.feedback_weights().items()}
+        return {f"feedback.{name}": b if name in learning else b.data for name, b in B.items()}
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         # dB = dW, through whatever the network makes of the weight before it uses it; 1 B, so that .grad has memory of
@@ -681,7 +684,7 @@ class DirectFeedbackAlignment(Rule):
         RuntimeError: at backward(), an input is to have a gradient: none goes there.
     """
 
-    back = "nothing; B^T e enters at the end of every block"
+    back, entry = "nothing; B^T e enters at the end of every block", "-"
 
     def __init__(
         self, network: nn.Module, feedback: Iterable[Tensor] | None = None, pooled: bool = False,
@@ -712,29 +715,32 @@ class DirectFeedbackAlignment(Rule):
             copies = _operator(node) in ("clone", "_to_copy")
             return copies or (_rearranges(node) and node.meta["val"].shape[:1] != examples)
 
-        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}
+        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}  # what inputs have reached
         for node in graph.nodes:
-            fed |= set() if fed.isdisjoint(node.all_input_nodes) else {node}
+            parts = set(node.all_input_nodes)
+            fed |= {node} if fed & parts else set()
             layer = graph.layers.get(node)
             if layer and layer.recurrent:
                 raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
             if _operator(node).startswith("_thnn_fused"):
                 raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
-            layer = layer if layer and layer.activity in fed else None
-            place = layer.activity if layer else node
-            while place in inside and ends_elsewhere(place) and len(parts := graph.parts(place)) == 1:
-                inside.discard(place)
-                place = parts[0]
-            if layer and place in inside:
-                end(place)
-            now[node] = draft.cut(layer, now) if layer else draft.again(node, now)
-            others = {part for part in node.all_input_nodes if graph.kinds[part] == ACTIVITY} - fed
-            joined = node in fed and not graph.reached.isdisjoint(others)  # by what no input has reached, but learns
-            if layer or joined or (graph.kinds[node] == ACTIVITY and not inside.isdisjoint(node.all_input_nodes)):
+            if layer and layer.activity in fed:
+                place = layer.activity
+                while place in inside and ends_elsewhere(place) and len(graph.parts(place)) == 1:
+                    inside.discard(place)
+                    place = graph.parts(place)[0]
+                if place in inside:
+                    end(place)
+                now[node] = draft.cut(layer, now)
                 inside.add(node)
-                activation = node.args[0] if _operator(node) == "getitem" else node
-                if _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
-                    end(node)
+            else:
+                now[node] = draft.again(node, now)
+                joined = {part for part in parts - fed if graph.kinds[part] == ACTIVITY} & graph.reached
+                if graph.kinds[node] == ACTIVITY and (inside & parts or (node in fed and joined)):
+                    inside.add(node)
+            activation = node.args[0] if _operator(node) == "getitem" else node
+            if node in inside and _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
+                end(node)
         if result not in inside:
             raise ValueError("the network ends in an activation, behind which e is not seen; apply that outside of it")
         data = [value for place, value in draft.places.items() if _flows(place) and not graph.names[place]]
@@ -745,14 +751,12 @@ class DirectFeedbackAlignment(Rule):
     def direct(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> Tensor:
         """The output; its gradient goes to it and, through the feedback, to the ends of blocks, not to the inputs."""
         examples, entries = self._by_example(output, ends, inputs)
+        shapes = [(entries, *end.shape[1:]) for end in ends]
         if not self.given and not len(self.feedback):
             stream = _stream(self.seed)
-            for end in ends:
-                empty = end.new_empty(entries, *(end.shape[1:2] if self.pooled else end.shape[1:]))
-                self.feedback.add(
-                    str(len(self.feedback)), _normal_like(empty, max(empty.shape[1:].numel(), 1) ** -0.5, stream)
-                )
-        shapes = [(entries, *end.shape[1:]) for end in ends]
+            for k, (end, shape) in enumerate(zip(ends, shapes, strict=True)):
+                B = end.new_empty(shape[:2] if self.pooled else shape)
+                self.feedback.add(str(k), _normal_like(B, max(B.shape[1:].numel(), 1) ** -0.5, stream))
         given = [tuple(B.shape) for B in self.feedback]
         if len(given) != len(shapes) or any(B not in (s, s[:2]) for B, s in zip(given, shapes, strict=True)):
             raise ValueError(f"feedback weights must have the shapes {shapes} (or their first two), not {given}")
@@ -786,9 +790,6 @@ class DirectFeedbackAlignment(Rule):
         if any(end.shape[:1] != (examples,) for end in ends):
             raise ValueError("activities' first dimension must be the batch, the output's first or batch_dim=...")
         return examples, math.prod(others)
-
-    def enters(self, graph: "Graph", layer: "Layer") -> str:
-        return "-"
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         if not self.given:  # drawn at the first call: there, or not yet, as in the state
@@ -832,28 +833,19 @@ class _FromInitial(Rule):
     def tensors(self) -> Mapping[str, Any]:
         return {f"initial.{name}": t.data for name, t in self.initial.named().items()}
 
-    def initially(self, draft: "Draft", now: dict, of_input: Callable[[Any], Any]) -> dict:
-        """The initial network's values before it runs: its parameters and statistics; what both networks share.
-
-        Args:
-            of_input: from an input's value, or that of a live parameter, to the initial network's.
-        """
-        first = {node: now[node] for node, kind in draft.graph.kinds.items() if kind == FIXED}
-        for place, value in draft.places.items():
-            name = draft.graph.names[place]
-            first[place] = draft.own(f"initial.{name}") if name in self.kept else of_input(value)
-        return first
+    def initially(self, draft: "Draft", now: dict, places: Mapping) -> dict:
+        """The initial network's values before it runs: what both share, these inputs, its parameters and statistics."""
+        shared = {node: now[node] for node, kind in draft.graph.kinds.items() if kind == FIXED}
+        own = {place: draft.own(f"initial.{name}") for place, name in draft.graph.names.items() if name in self.kept}
+        return {**shared, **places, **own}
 
     def feedback_weights(self) -> dict[str, Tensor]:
         kept = self.initial.named()
         return {name: kept[name] for name in _stood_in_for(self.network, self.activities, {})}
 
-    @torch.no_grad()
-    def become_backprop(self) -> None:
+    def backprop_at(self) -> dict[str, Tensor]:
         kept = self.initial.named()
-        for name, parameter in self.network.named_parameters():
-            if name not in self.live:
-                parameter.data.copy_(kept[name])
+        return {name: kept[name] for name in self.kept if name in self.known.parameters}
 
 
 class AlignZero(_FromInitial):
@@ -877,7 +869,7 @@ class AlignZero(_FromInitial):
 
     def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
         """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
-        first = self.initially(draft, now, lambda value: value)
+        first = self.initially(draft, now, draft.places)
         for place in draft.graph.parameters:
             live = draft.graph.names[place] in self.live
             first[place] = receivers[place] if live else draft.call(swap_grad, first[place], receivers[place])
@@ -933,7 +925,7 @@ class AlignAda(_FromInitial):
                     coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
             return draft.again(layer.node, first, {layer.position: coupled[a]}, **states)
 
-        first = self.initially(draft, now, lambda value: draft.call(sg, value))
+        first = self.initially(draft, now, {place: draft.call(sg, value) for place, value in draft.places.items()})
         first = draft.follow(first, coupling, initial=self.kept)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
@@ -1001,10 +993,8 @@ def verify(
             rule.double()
         for parameter in rule.network.parameters():
             parameter.data = _not_zero(parameter.data)
-        held = rule.initial.named() if isinstance(rule, _FromInitial) else rule.feedback_weights()
-        for name, tensor in held.items():
-            if name in rule.known.parameters:
-                tensor.data.copy_(_not_zero(tensor.data))
+        for held in rule.backprop_at().values():
+            held.data.copy_(_not_zero(held.data))
         rule.become_backprop()
         learning = {name: p for name, p in rule.network.named_parameters() if p.requires_grad}
         calls = [functools.partial(function, *inputs, **keywords) for function in (rule.network, rule)]
@@ -1223,7 +1213,7 @@ class Graph:
     others; `unclear` products of two weights that meet activities without being weights themselves.
 
     Args:
-        replaced: of tensors in whose place the network puts others, these, by positions (`_replaced`).
+        replaced: of tensors in whose place the network puts others, these, by positions (`_Held.replaced`).
     """
 
     def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names, replaced: Mapping):
@@ -1232,81 +1222,87 @@ class Graph:
         given = dict(zip(self.places, arguments, strict=True))
         self.names = {place: known.names.get(id(value)) for place, value in given.items()}
         self.parameters = {place: name for place, name in self.names.items() if name in known.parameters}
-        self.learning = {place for place, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
         writes = {n: n.args[0] for n in nodes if n.target is aten.copy_.default and n.args[0] in self.names}
         self.state = {place: node.args[1] for node, place in writes.items()}
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
-        weights = {place for place, name in self.parameters.items() if name not in activities}
-        statistics = {place for place, name in self.names.items() if name in known.statistics}
-        active = {place for place in self.places if place.meta[GIVEN]} | self.learning | self.parameters.keys()
-        put = [(place, [node]) for place, node in self.state.items()]
         tensors = [*self.places, *self.output]
         self.kept = {tensors[k] for k in replaced}
+        put = [(place, [node]) for place, node in self.state.items()]
         put += [(tensors[k], [tensors[n] for n in others]) for k, others in replaced.items()]
-        starts: set[tuple[fx.Node, fx.Node]] = set()
-        while True:
-            first = self._read(weights, statistics, active, starts)
-            more = {
-                p for p, nodes in put if self.kinds[p] == FIXED and any(self.kinds.get(n) == ACTIVITY for n in nodes)
-            }
-            if not more and first is None:
+        self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
+        handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
+        active, starts = handed | self.reached | self.parameters.keys(), set()
+        of_names = {place: () for place, name in self.names.items() if name in known.statistics}
+        of_names |= {place: (name,) for place, name in self.parameters.items() if name not in activities}
+        while True:  # until every activity is known as one
+            others = self._classify(of_names, active, starts)
+            if more := {p for p, nodes in put if self.kinds[p] == FIXED and ACTIVITY in map(self.kinds.get, nodes)}:
+                active |= more
+            elif start := self._start(others):
+                starts.add(start)
+            else:
                 break
-            active |= more
-            starts |= {first} if first and not more else set()
         self.last = next(reversed(self.layers.values()), None)
-        self.reached = set(self.learning)  # by what is learned, with a gradient
-        for node in self.nodes:
+        for node in self.nodes:  # `reached` by what is learned, with a gradient
             if node.target is not torch.detach and _flows(node) and not self.reached.isdisjoint(node.all_input_nodes):
                 self.reached.add(node)
         self.results = [f for f in self.output if self.kinds.get(f) == ACTIVITY and f in self.reached]
 
-    def _read(self, weights: set, statistics: set, active: set, starts: set) -> tuple[fx.Node, fx.Node] | None:
-        """Returns the first layer whose activity no input has reached, with that, if it is not among `starts` yet."""
-        self.kinds: dict[fx.Node, int] = {}
+    def _classify(self, of_names: Mapping, active: set, starts: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Finds kinds and layers; of these `starts` are the ones whose activity no input has reached, with that.
+
+        Returns the other products with a weight that is made of parameters, with their two factors.
+        """
         self.layers: dict[fx.Node, Layer] = {}
-        sources: dict[fx.Node, frozenset] = {}  # of weights, the parameters that they are made of
-        others = []  # products of constants and weights, or of weights
-        for place, name in self.names.items():
-            if place in weights or place in statistics:
-                self.kinds[place], sources[place] = WEIGHT, frozenset([name] if place in weights else [])
-            else:
-                self.kinds[place] = ACTIVITY if _is_tensor(place) and place in active else FIXED
+        self.kinds = {p: WEIGHT if p in of_names else ACTIVITY if p in active else FIXED for p in self.places}
+        self.sources = {place: frozenset(names) for place, names in of_names.items()}  # of weights, parameters
+        others = []
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
-            self.kinds[node] = kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
+            kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
-                if sources.get(weight) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
-                    self.layers[node] = Layer(node, one, other, tuple(sorted(sources[weight])))
-                    self.kinds[node] = kind = ACTIVITY
-                elif sources.get(weight):
+                if (names := self.sources.get(weight)) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
+                    self.layers[node] = Layer(node, one, other, tuple(sorted(names)))
+                    kind = ACTIVITY
+                elif names:
                     others.append((node, read, weight))
+            self.kinds[node] = kind
             if kind == WEIGHT:
-                sources[node] = frozenset().union(*(sources.get(part, ()) for part in node.all_input_nodes))
-        # What layers' weights are made of; what else meets activities, or is an output (but for numbers, which are
-        # penalties); what activation functions follow.
+                parts = (self.sources.get(part, ()) for part in node.all_input_nodes)
+                self.sources[node] = frozenset().union(*parts)
+        return others
+
+    def _start(self, others: Iterable) -> tuple[fx.Node, fx.Node] | None:
+        """The first of these products that is a layer although no input has reached it, and its activity; notes those
+        that are `unclear`. They meet activities otherwise than in the weight of a layer, or are outputs."""
         weighing, activated = {layer.weight for layer in self.layers.values()}, set()
+        # An output that is a number is a penalty, unless activation functions have made it.
         meeting = {f for f in self.output if isinstance(f, fx.Node) and getattr(f.meta["val"], "shape", ())}
         for node in reversed(self.nodes):
             layer = self.layers.get(node)
             parts = {part for part in node.all_input_nodes if not layer or part is not layer.weight}
             weighing |= parts if node in weighing else set()
-            meeting |= parts if self.kinds[node] == ACTIVITY or node in meeting else set()
+            meeting |= {node, *parts} if self.kinds[node] == ACTIVITY or node in meeting else set()
             activated |= parts if _operator(node) in ACTIVATIONS or node in activated else set()
-        at_large = [k for k in others if k[0] not in weighing and k[0] not in self.layers]
-        numbers = {node for node, read, _ in at_large if node in activated and self.kinds[read] == FIXED}
-        at_large = [k for k in at_large if k[0] in meeting or self.kinds[k[0]] == ACTIVITY or not self.layers]
         known = {name for layer in self.layers.values() for name in layer.names}
-        alone = {layer.names[0] for layer in self.layers.values() if len(layer.names) == 1}
-        both = [(node, sources[read], sources[weight]) for node, read, weight in at_large if sources.get(read)]
-        self.unclear = {node for node, one, other in both if not (one | other) & known} | numbers
-        # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
-        clear = (
-            (node, read) for node, read, weight in at_large if self.kinds[read] == FIXED
-            or (len(sources[weight]) == 1 and sources[weight] <= alone and not sources[read] & known)
-        )  # fmt: skip
-        return next(clear, None)
+        elsewhere = {(frozenset(k.names), k.weight.meta["val"].numel()) for k in self.layers.values()}
+        self.unclear = set()
+        for node, read, weight in others:
+            of_read, of_weight = self.sources.get(read, frozenset()), self.sources[weight]
+            if node in weighing or node in self.layers:
+                continue
+            if self.layers and node not in meeting:
+                self.unclear |= {node} if self.kinds[read] == FIXED and node in activated else set()
+            # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
+            elif self.kinds[read] == FIXED or (
+                (of_weight, weight.meta["val"].numel()) in elsewhere and not of_read & of_weight
+            ):
+                return node, read
+            elif of_read and not (of_read | of_weight) & known:
+                self.unclear.add(node)
+        return None
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
@@ -1328,11 +1324,9 @@ class Graph:
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        differentiated, more = set(), [f for f in self.output if f in self.reached]
-        while more:
-            if (node := more.pop()) in self.reached and node not in differentiated:
-                differentiated.add(node)
-                more += node.all_input_nodes
+        differentiated = self.reached.intersection(self.output)
+        for node in reversed(self.nodes):
+            differentiated |= self.reached.intersection(node.all_input_nodes) if node in differentiated else set()
         for node in self.nodes:
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
             pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -1374,10 +1368,6 @@ def _rearranges(node: fx.Node) -> bool:
 
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _flows(node: fx.Node) -> bool:
@@ -1452,13 +1442,6 @@ class Draft:
         options = node.args[3:9] if node.target is aten.convolution.default else node.kwargs.get("alpha", 1)
         return node.target, int(layer.position > layer.weight_position), map_arg(options, values.__getitem__)
 
-    def stand_ins(self, names: Names) -> dict[fx.Node, Any]:
-        """In the places of these parameters the rule's tensors "feedback.name", in those of others what is there."""
-        learned = {place: name for place, name in self.graph.names.items() if self.graph.kinds[place] == WEIGHT}
-        return {
-            p: self.own(f"feedback.{n}") if n in names else self.call(sg, self.places[p]) for p, n in learned.items()
-        }
-
     def follow(
         self, given: Mapping, at_layer: Callable | None = None, stand_ins: dict | None = None, initial: Names = ()
     ) -> dict:
@@ -1476,15 +1459,17 @@ class Draft:
         for node in self.graph.nodes:
             if initial and self.graph.kinds[node] == ACTIVITY:
                 _require_repeatable(node)
-            if node not in values:
-                layer = self.graph.layers.get(node) if at_layer else None
-                if initial and node in self.states:
-                    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                    values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
-                    continue
+            if node in values:
+                pass
+            elif at_layer and node in self.graph.layers:
+                values[node] = at_layer(self.graph.layers[node], values)
+            elif initial and node in self.states:
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
+            else:
                 if _may_draw_inside(node):
                     self.states[node] = self.call(_generators_now)
-                values[node] = at_layer(layer, values) if layer else self.again(node, values)
+                values[node] = self.again(node, values)
             if stand_ins is not None and self.graph.kinds[node] == WEIGHT:
                 stand_ins[node] = self.again(node, collections.ChainMap(stand_ins, values))
         self.put_back(values, initial)
