@@ -430,11 +430,10 @@ class FeedbackAlignment(Rule):
 
     def derive(self, draft: "Draft") -> list:
         graph = draft.graph
-        for layer in graph.layers.values():
-            if set(layer.names).isdisjoint(self.names) and graph.kinds[layer.activity] != FIXED:
-                raise ValueError(
-                    f"the weight {layer.names} has no feedback; give it two dimensions, or feedback for it"
-                )
+        layers = [layer for layer in graph.layers.values() if graph.kinds[layer.activity] != FIXED]
+        alone = [layer.names for layer in layers if set(layer.names).isdisjoint(self.names)]
+        for name in (*alone, *graph.added_to_weights(layers, self.names)):
+            raise ValueError(f"the weight {name} has no feedback; give it two dimensions, or feedback for it")
         B = {}  # what stands in for parameters, and what the network makes of that
         for place, name in graph.names.items():
             if graph.kinds[place] == WEIGHT:
@@ -1321,6 +1320,18 @@ class Graph:
                     return None, []
         return (origins.pop(), sorted(path)) if len(origins) == 1 else (None, [])
 
+    def added_to_weights(self, layers: Iterable[Layer], names: Names) -> list[tuple[str, ...]]:
+        """Which parameters other than these are a part of layers' weights beside them, and no gains of theirs."""
+        weighing, found = {layer.weight for layer in layers}, []
+        for node in reversed(self.nodes):
+            if node in weighing:
+                weighing |= {*node.all_input_nodes}
+                made_of = [of for part in node.all_input_nodes if (of := self.sources.get(part))]
+                bare = [tuple(of) for of in made_of if of.isdisjoint(names)]
+                if len(bare) < len(made_of) and _operator(node) in ("add", "sub", "cat", "stack"):
+                    found += bare
+        return found
+
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
@@ -1538,6 +1549,7 @@ _FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.F
 _INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 _COUNT = itertools.count()
 MANY = 16  # captures in a row, after which calls are recorded
+PROOFS = 4  # of a capture, after which it is used although some gradients have always been zero
 _LOCK = threading.RLock()  # one call at a time
 
 
@@ -1621,12 +1633,13 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn
             capture, arguments = unproved.args
         random.setstate(drawn)
         try:
-            _prove(rule.network, inputs, keywords, as_backprop, arguments)
+            told = _prove(rule.network, inputs, keywords, as_backprop, arguments)
         except TypeError as error:
             raise _Refused(error) from error
         finally:
             _now.outputs = ()
-        capture.proved.add(hooks)
+        capture.proofs += 1
+        capture.proved[hooks] = math.inf if told or capture.proofs == PROOFS else 1
     raise _Refused("it depends on what is another at every call (a number or list of Python, a size; make it a tensor)")
 
 
@@ -1694,16 +1707,18 @@ def _call_network(network, inputs, keywords, attributes):
 
 class _Capture:
     """What Dynamo calls in a network's place, with the tensors of the call: the graph of torch calls that it wrote
-    down, made one of operators; `programs`, what rules have made of that."""
+    down, made one of operators; `programs`, what rules have made of that; `proved`, for how many calls, by hooks."""
 
     def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
-        self.programs, self.proved, self.replaced = {}, set(), {}
+        self.programs, self.proved, self.proofs, self.replaced = {}, collections.Counter(), 0, {}
 
     def __call__(self, *arguments):
         rule, hooks = _now.rule, _now.hooks
-        if hooks is not None and hooks not in self.proved:
-            raise _Unproved(self, arguments)
+        if hooks is not None:
+            if not self.proved[hooks]:
+                raise _Unproved(self, arguments)
+            self.proved[hooks] -= 1
         names = tuple(rule.known.names.get(id(t)) for t in arguments)
         key = type(rule), _settings(rule), names
         if (program := self.programs.get(key)) is None:
@@ -1789,7 +1804,8 @@ def _functional(module: fx.GraphModule) -> fx.GraphModule:
 
     values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
     mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
-    with mode, torch.fx.traceback.preserve_node_meta(), _Spelling(), _unseen():
+    # torch's Python has operators for sizes that are not known, where its C++ has none.
+    with mode, torch.fx.traceback.preserve_node_meta(), _Spelling(), _unseen(), enable_python_dispatcher():
         made = make_fx(run)(*values)
     _respell(made.graph)
     for place, before in zip(
@@ -1847,16 +1863,18 @@ class _Walk(fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         if target is _FUNCTION:  # one operator, which is differentiated as it stands
-            functions, number = _functions(), next(_COUNT)
-            functions[number] = _made_once(*args[:2], **kwargs)
-            return torch.ops.align_rules.function.default(list(args[2:]), number)
+            functions, number, given = _functions(), next(_COUNT), args[2:]
+            tensors, sizes = ([v for v in given if isinstance(v, Tensor) == kind] for kind in (True, False))
+            functions[number] = _made_once(*args[:2], [isinstance(v, Tensor) for v in given], **kwargs)
+            return torch.ops.align_rules.function.default(tensors, sizes, number)
         if getattr(target, "_name", None) in _INLINED and isinstance(args[0], fx.GraphModule):
             return _Walk(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
 
 
-def _made_once(forward: fx.GraphModule, backward: fx.GraphModule, **options) -> Callable:
-    """A torch.autograd.Function from its graphs, as torch's operator makes it anew, and slowly, at every call."""
+def _made_once(forward: fx.GraphModule, backward: fx.GraphModule, order: list[bool], **options) -> Callable:
+    """A torch.autograd.Function from its graphs, as torch's operator makes it anew, and slowly, at every call; of
+    tensors and sizes, and of their order (True: a tensor)."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -1873,9 +1891,12 @@ def _made_once(forward: fx.GraphModule, backward: fx.GraphModule, **options) -> 
             kept = zip(ctx.saved_tensors, ctx.others, strict=True)
             return backward.forward(*gradients, *(other if tensor is None else tensor for tensor, other in kept))
 
-    if options.get("dirty_idx"):
-        return lambda inputs: _FUNCTION(forward, backward, *inputs, **options)
-    return lambda inputs: Function.apply(*inputs)
+    def apply(tensors: list, sizes: list) -> Any:
+        both = iter(sizes), iter(tensors)
+        inputs = [next(both[is_tensor]) for is_tensor in order]
+        return _FUNCTION(forward, backward, *inputs, **options) if options.get("dirty_idx") else Function.apply(*inputs)
+
+    return apply
 
 
 @functools.cache
@@ -1884,10 +1905,14 @@ def _functions() -> dict[int, Callable]:
     functions: dict[int, Callable] = {}
 
     @torch.library.custom_op("align_rules::function", mutates_args=())
-    def function(inputs: list[Tensor], number: int) -> list[Tensor]:
-        return list(functions[number](inputs))
+    def function(tensors: list[Tensor], sizes: list[int], number: int) -> list[Tensor]:
+        return list(functions[number](tensors, sizes))
 
-    function.register_fake(lambda inputs, number: [torch.clone(t) for t in functions[number](inputs)])
+    @function.register_fake
+    def _(*given) -> list[Tensor]:  # sizes that it also gives, on torch 2.11, nobody reads
+        results = functions[given[-1]](*given[:-1])
+        return [torch.clone(t) if isinstance(t, Tensor) else torch.empty(0) for t in results]
+
     return functions
 
 
@@ -1959,9 +1984,15 @@ def _read_off(function: Callable, tensor: Tensor, *args, **kwargs) -> Any:
     return function(_outside(tensor).detach(), *args, **kwargs)
 
 
-def _with_writes(function: Callable, *args, **kwargs) -> Any:
+def _in_python(function: Callable, *args, **kwargs) -> Any:
     """By the operators of torch's Python, which tell that they write into running statistics."""
     with enable_python_dispatcher():
+        return function(*args, **kwargs)
+
+
+def _in_cpp(function: Callable, *args, **kwargs) -> Any:
+    """By the operator of torch's C++, which draws in the order in which the network does."""
+    with torch._C._DisablePythonDispatcher():
         return function(*args, **kwargs)
 
 
@@ -1969,7 +2000,7 @@ def _as_products(function: Callable, *args) -> Any:
     # What packed sequences have of batch sizes is read, not computed with.
     args = pytree.tree_map_only(Tensor, lambda t: t if _differentiable(t) else _outside(t), args)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), torch.backends.cudnn.flags(enabled=False):
-        return function(*args)
+        return _in_cpp(function, *args)
 
 
 def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
@@ -1985,7 +2016,8 @@ def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, 
 SPELLED = {
     torch._VF._pad_packed_sequence: _padded,
     **{f: functools.partial(_as_products, f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-    **{f: functools.partial(_with_writes, f)
+    **{f: functools.partial(_in_cpp, f) for f in (F.scaled_dot_product_attention, F.multi_head_attention_forward)},
+    **{f: functools.partial(_in_python, f)
        for f in (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)},
     **{f: functools.partial(_unchecked, g) for f, g in (
         (torch.linalg.inv, torch.linalg.inv_ex), (torch.inverse, torch.linalg.inv_ex),
@@ -2028,7 +2060,7 @@ def _respell(graph: fx.Graph) -> None:
         if node.target is aten.squeeze.dims and not node.args[1]:
             node.target, node.args = torch.detach, node.args[:1]
         if str(node.target) == "align_rules.function.default":
-            node.target, node.args = _functions().pop(node.args[1]), (node.args[0],)
+            node.target, node.args = _functions().pop(node.args[2]), node.args[:2]
             node.target.__name__ = node.target.__qualname__ = "autograd_function"
         elif node.target in CHECKED:
             node.kwargs = {**node.kwargs, "check_errors": True}
@@ -2043,8 +2075,11 @@ def _autocast_off(arguments: Iterable):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> None:
+def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, arguments: Iterable) -> bool:
     """Check that what was written down gives, as backprop, the network's output, gradients and state.
+
+    Returns:
+        Whether that could be told of all gradients: none of zeros, as from a batch of zeros.
 
     Raises:
         TypeError: it does not, or that cannot be told.
@@ -2094,9 +2129,11 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
         if not share <= limit:
             raise TypeError(
                 f"torch writes {name} down wrongly, or it has hooks on tensors, gradients of its own "
-                "(torch.autograd.grad), draws that depend on values (RReLU) or from generators elsewhere, or state "
-                f"elsewhere than in its modules' attributes: {what} is off by {share:.2g} of its size. {REMEDY}"
+                "(torch.autograd.grad), writes under torch.no_grad or by .data into activities, draws that depend on "
+                "values (RReLU) or from generators elsewhere, or state elsewhere than in its modules' attributes: "
+                f"{what} is off by {share:.2g} of its size. {REMEDY}"
             )
+    return all(gradient is None or gradient.any() for gradient in gradients)
 
 
 @contextlib.contextmanager
@@ -2117,6 +2154,7 @@ def _reason(error: BaseException) -> str:
     """What went wrong, in a line, and at which line of the network."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
+    told = text[1:2] if text[0].endswith("raised:") else told  # an error in what Dynamo calls
     return f"{': '.join([text[0], *told[:1]])} (at {_line(error)})"
 
 
@@ -2307,8 +2345,16 @@ def _stood_in_for(network: nn.Module, activities: Names, given: Named) -> tuple[
     if given and not (fits and set(shapes) <= set(given)):
         got = {name: tuple(B.shape) for name, B in given.items()}
         raise ValueError(f"feedback weights must have the names and shapes {shapes}, not {got}")
-    others = [n for n, p in parameters.items() if p.dim() > 1 and n.rpartition(".")[2] not in ("original0", "weight_g")]
+    others = [name for name, p in parameters.items() if p.dim() > 1 and not _is_gain(name, parameters)]
     return tuple(name for name in dict.fromkeys([*shapes, *others, *given]) if name not in activities)
+
+
+def _is_gain(name: str, parameters: Named) -> bool:
+    """Whether it is the g of weight norm, by its name and that of v, and their shapes."""
+    g, v = parameters[name], parameters.get(name[:-1] + ("v" if name.endswith("_g") else "1"))
+    if v is None or not name.endswith(("_g", ".original0")) or g.dim() != v.dim():
+        return False
+    return g.numel() == max(g.shape) < v.numel() and all(a in (1, b) for a, b in zip(g.shape, v.shape, strict=True))
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:
@@ -2391,7 +2437,7 @@ class _Held:
         """Of tensors that are no longer where they were, those that are there now (of a list that grows, all), by their
         positions among a call's arguments and outputs."""
         positions = {id(t): k for k, t in reversed([*enumerate([*arguments, *outputs])])}
-        found: dict[int, list[int]] = {}
+        later_ones: dict[int, list[Tensor]] = {}
         contents = {id(place): content for place, content in self.contents}
         for place, content in self.contents:
             if isinstance(place, dict):
@@ -2406,10 +2452,16 @@ class _Held:
                 as_they_stand = len(old) == len(new)
                 for k, one in enumerate(old):
                     others = [t for t in (new[k : k + 1] if as_they_stand else new) if t is not one]
-                    if id(one) in positions and (others or not as_they_stand):
-                        found.setdefault(positions[id(one)], []).extend(
-                            positions[id(t)] for t in others if id(t) in positions
-                        )
+                    if others or not as_they_stand:
+                        later_ones.setdefault(id(one), []).extend(others)
+        found = {}
+        for key in later_ones.keys() & positions.keys():
+            seen, more = {key}, [*later_ones[key]]
+            for t in more:  # one that the call does not know has another's place, in a delay line
+                if id(t) not in seen and id(t) not in positions:
+                    seen.add(id(t))
+                    more += later_ones.get(id(t), ())
+            found[positions[key]] = [positions[id(t)] for t in more if id(t) in positions]
         return found
 
 
@@ -2547,6 +2599,7 @@ def _require_same_network(rule: Rule) -> None:
     if known.modules[""] is rule.network and known.found() == known.parts:
         return
     rule.known = now = _Anatomy(rule.network)
+    now.number = known.number
     for parts, before in ((now.modules, known.modules), (now.parameters, known.parameters)):
         for name in parts | before:
             one, other = parts.get(name), before.get(name)

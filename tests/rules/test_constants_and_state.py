@@ -3,6 +3,8 @@
 Each network is called as Dynamo writes it down, and recorded.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,159 @@ class _Made(dict):
 
     def __missing__(self, key):
         return self.other
+
+
+class OwnOutput(nn.Module):
+    """At points that the network holds, beside the batch: a physics-informed network."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.register_buffer("constant", torch.randn(7, 4))
+
+    def forward(self, x, points):
+        return self.f(x), self.f(points)
+
+
+class TiedToken(nn.Module):
+    """A decoder whose embeddings are its readout, too, from a start token."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.e, self.b, self.constant = nn.Linear(4, 5), nn.Embedding(9, 5), nn.Linear(5, 5), torch.tensor([3])
+
+    def forward(self, x, token):
+        h, y, outputs = self.i(x), self.e(token), []
+        for _ in range(2):
+            h = torch.tanh(self.b(y) + h)
+            outputs.append(h @ self.e.weight.T)
+            y = outputs[-1].softmax(-1) @ self.e.weight
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", [OwnOutput, TiedToken])
+def test_constants_go_through_layers_as_inputs_do(kind, recorded):
+    class Network(kind):
+        def forward(self, x, constant=None):
+            if recorded and x.sum() > 1e9:
+                x = x + 1
+            return super().forward(x, self.constant if constant is None else constant)
+
+    network, x, found = Network(), torch.randn(6, 4), []
+    rule = align_rules.FeedbackAlignment(network)
+    for given in ((), (network.constant,)):
+        loss = sum(f.sin().sum() for f in rule(x, *given))
+        found.append(torch.autograd.grad(loss, list(network.parameters())))
+    torch.testing.assert_close(*found)
+
+
+class Prototypes(nn.Module):
+    """Learned ones go through layers whose weight is made of two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5, bias=False))
+        self.W, self.A, self.C, self.prototypes = (nn.Parameter(torch.randn(n, 5)) for n in (3, 2, 2, 1))
+        self.prototypes = nn.Parameter(torch.randn(2, 4))
+
+    def encoded(self, x):
+        return torch.relu(self.a(x)) @ (self.W + self.A.T[:3] @ self.C).T
+
+    def forward(self, x):
+        return (self.encoded(x)[:, None] - self.encoded(self.prototypes)).square().sum(-1)
+
+
+def test_of_two_learned_factors_the_weight_is_one_elsewhere():
+    network, x, found = Prototypes(), torch.randn(6, 4), []
+    for added in ((), ("prototypes",)):
+        rule = align_rules.AlignProp(network, added=added)
+        with torch.no_grad():
+            network.a.parametrizations.weight.original1 += 1
+        found.append(torch.autograd.grad(rule(x).sin().sum(), list(network.parameters())))
+        with torch.no_grad():
+            network.a.parametrizations.weight.original1 -= 1
+    torch.testing.assert_close(*found)
+
+
+@dataclasses.dataclass
+class Trace:
+    hebb: Tensor
+
+
+# How a network keeps the state h: what it puts down, and what it finds there.
+KEPT = {
+    "tensor": (lambda kept, h: h, lambda kept: kept),
+    "tuple": (lambda kept, h: (h,), lambda kept: kept[0]),
+    "list": (lambda kept, h: [h], lambda kept: kept[0]),
+    "nested": (lambda kept, h: {"a": [h]}, lambda kept: kept["a"][0]),
+    "object": (lambda kept, h: Trace(h), lambda kept: kept.hebb),
+}
+DELAYED = {
+    "stacked": (lambda kept, h: torch.stack([h if kept is None else kept[1], h]), lambda kept: kept[0]),
+    "pair": (lambda kept, h: (h if kept is None else kept[1], h), lambda kept: kept[0]),
+    "list": (lambda kept, h: [h if kept is None else kept[1], h], lambda kept: kept[0]),
+}
+
+
+class Plastic(nn.Module):
+    """Fast weights (Miconi et al., 2018)."""
+
+    def __init__(self, put, get, recorded):
+        super().__init__()
+        self.i, self.o, self.W, self.alpha = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 3),
+            *(nn.Parameter(torch.randn(5, 5)) for _ in range(2)),
+        )
+        self.put, self.get, self.recorded = put, get, recorded
+        self.kept = put(None, torch.full((5, 5), 0.1))
+
+    def forward(self, x):
+        if self.recorded and x.sum() > 1e9:
+            x = x + 1
+        a, hebb = torch.tanh(self.i(x)), self.get(self.kept)
+        b = torch.tanh(a @ (self.W + self.alpha * hebb))
+        self.kept = self.put(self.kept, (0.9 * hebb + 0.1 * a.mT @ b).detach())
+        return self.o(b)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("ways", [KEPT, DELAYED])
+def test_state_is_state_however_it_is_kept(ways, recorded):
+    found = []
+    for put, get in ways.values():
+        torch.manual_seed(0)
+        network = Plastic(put, get, recorded)
+        rule = align_rules.FeedbackAlignment(network)
+        found.append([])
+        for _ in range(4):
+            loss = rule(torch.randn(6, 4)).square().sum()
+            found[-1] += torch.autograd.grad(loss, list(network.parameters()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+class Cell(nn.Module):
+    """Gates whose names are i, f, g, o; and a rank-one part of a weight (Mastrogiuseppe & Ostojic, 2018)."""
+
+    def __init__(self, vectors):
+        super().__init__()
+        self.weight_g, self.weight_v = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4, 4))
+        self.m, self.n = (nn.Parameter(torch.randn(5) if vectors else torch.randn(5, 1)) for _ in "mn")
+        self.J, self.o = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(x @ self.weight_v @ self.weight_g.T)
+        return self.o(h @ (self.J + self.m.view(5, 1) * self.n.view(5)))
+
+
+def test_every_matrix_has_feedback():
+    rule = align_rules.FeedbackAlignment(Cell(vectors=False))
+    assert rule.feedback_weights().keys() == {"weight_g", "weight_v", "m", "n", "J", "o.weight"}
+    rule(torch.randn(6, 4))
+    with pytest.raises(ValueError, match=r"the weight \('.', '.'\) has no feedback; give it two dimensions"):
+        align_rules.AlignProp(Cell(vectors=True))(torch.randn(6, 4))
 
 
 class InAList(nn.Module):

@@ -44,6 +44,21 @@ def matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
 
 
+class Spike(torch.autograd.Function):
+    """With a surrogate derivative, and a size that it keeps."""
+
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        ctx.examples = len(v)
+        return (v > 0).to(v)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (v,) = ctx.saved_tensors
+        return gradient / (1 + v.abs().expand(ctx.examples, -1)) ** 2
+
+
 class Settles(nn.Module):
     """Recurrent until its values settle, which nobody knows before."""
 
@@ -230,6 +245,8 @@ NETWORKS = {
                                           b=nn.Linear(7, CLASSES)), vectors),
     "scripted part": (lambda: nn.Sequential(nn.Linear(SIZE, 7), nn.Softsign(), nn.Linear(7, CLASSES), nn.LogSoftmax(1)),
                       vectors),
+    "spikes": (lambda: Function(lambda s, x: s.b(Spike.apply(s.a(x))), a=nn.Linear(SIZE, 7), b=nn.Linear(7, CLASSES)),
+               vectors),
     "settles": (Settles, vectors),
     "layer drop": (LayerDrop, vectors),
     "keeps": (Keeps, vectors),
@@ -340,7 +357,7 @@ def test_state_is_known_by_whatever_name():
 
 
 @pytest.mark.parametrize(
-    "kind", ["own matrices, einsum", "convolutions", "GRU tagger", "transformer", "weight norm", "tied"]
+    "kind", ["own matrices, einsum", "convolutions", "GRU tagger", "transformer", "weight norm", "tied", "spikes"]
 )
 def test_other_batch_sizes(kind, monkeypatch):
     """The first is written down, so is the second; the third is not (but torch's fused modules may fix their sizes)."""

@@ -395,3 +395,25 @@ def test_direct_feedback_asks_which_dimension_is_the_batch(dim):
         found.append(torch.autograd.grad(output.square().sum(), list(network.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Resets(nn.Module):
+    """Of which torch's gradient is not that of what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 7, bias=False), nn.Linear(7, 3, bias=False)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        with torch.no_grad():
+            h[:, :3] = 0
+        return self.b(h)
+
+
+def test_a_batch_of_zeros_proves_nothing():
+    rule = align_rules.FeedbackAlignment(Resets())
+    for _ in range(2):
+        assert not rule(torch.zeros(5, 6)).any()
+    with pytest.raises(TypeError, match="writes under torch.no_grad or by .data into activities"):
+        rule(torch.randn(5, 6))
