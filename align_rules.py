@@ -212,7 +212,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(s0, W, output, feedback)
 
 
-_recurrence.register_fake(lambda s0, W, drive, *_: torch.empty_like(drive, memory_format=torch.contiguous_format))
+_recurrence.register_fake(lambda s0, W, drive, *_, **__: torch.empty_like(drive, memory_format=torch.contiguous_format))
 _recurrence.register_autograd(_back_in_time, setup_context=_keep)
 RECURRENCE = torch.ops.align_rules.recurrence.default
 
@@ -254,7 +254,7 @@ class Rule(nn.Module):
 
     Raises:
         TypeError: the network is scripted, compiled, lazy without shapes, or holds a rule; at a call, see the module.
-        ValueError: a name that no parameter or module of the network has; this and the other hold for every rule.
+        ValueError: a name that no parameter or module of the network has. (Of rules, what they raise beside these.)
     """
 
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
@@ -441,7 +441,7 @@ class FeedbackAlignment(Rule):
             if graph.kinds[node] == WEIGHT:
                 B[node] = draft.again(node, collections.ChainMap(B, now))
         draft.put_back(now)
-        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # also of no layer: no second derivative
+        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # of which all refuse second derivatives
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         """y = a W, and the error at y goes to a through B."""
@@ -537,8 +537,9 @@ class SignSymmetry(FeedbackAlignment):
         return super().tensors()
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        pairs = ((n, M, self.network.get_parameter(n).detach()) for n, M in super().feedback_weights().items())
-        return {name: W if name in self.exact else M * W.sgn() for name, M, W in pairs}
+        M = super().feedback_weights()
+        weights = {name: self.network.get_parameter(name).detach() for name in M}
+        return {name: W if name in self.exact else M[name] * W.sgn() for name, W in weights.items()}
 
 
 class KolenPollack(FeedbackAlignment):
@@ -642,8 +643,8 @@ class WeightMirror(FeedbackAlignment):
 
 
 def _meet(met: list, output: Tensor, activity: Tensor, weight: Tensor, ones: Tensor, product, side: int, options):
-    """A layer's output; to `met` are added two numbers, whose gradients for ones in the weight's place are y x^T and
-    what the mean of that is the weight's multiple of."""
+    """A layer's output. To `met` are added two numbers, whose gradients for ones in the weight's place are, if the
+    network scales that by s, s y x^T and s^2 times the number of positions: in the mean the weight times the latter."""
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         if product is RECURRENCE:
@@ -868,9 +869,9 @@ class AlignZero(_FromInitial):
     def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
         """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
         first = self.initially(draft, now, draft.places)
-        for place in draft.graph.parameters:
-            live = draft.graph.names[place] in self.live
-            first[place] = receivers[place] if live else draft.call(swap_grad, first[place], receivers[place])
+        for place, name in draft.graph.parameters.items():
+            to = receivers[place]
+            first[place] = to if name in self.live else draft.call(swap_grad, first[place], to)
         return draft.follow(first, initial=self.kept)
 
 
@@ -910,13 +911,13 @@ class AlignAda(_FromInitial):
             a = layer.activity
             if set(layer.names) & set(self.uncoupled):
                 return draft.again(layer.node, first)
-            activation, path = self.entrance(draft.graph, layer)
-            for node in (activation, *path) if activation else ():
+            path = self.entrance(draft.graph, layer)
+            for node in path:
                 if node not in coupled:
-                    u = activation.args[0]
-                    at_u = {0: draft.call(couple, first[u], now[u])} if node is activation else {}
+                    u = node.args[0]
+                    at_u = {0: draft.call(couple, first[u], now[u])} if node is path[0] else {}
                     coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
-            a0 = coupled[a] if activation else draft.call(couple, first[a], now[a])
+            a0 = coupled[a] if path else draft.call(couple, first[a], now[a])
             states = {"path": now[layer.node]} if layer.recurrent else {}
             return draft.again(layer.node, first, {layer.position: a0}, **states)
 
@@ -924,16 +925,16 @@ class AlignAda(_FromInitial):
         first = draft.follow(first, coupling, initial=self.kept)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
-    def entrance(self, graph: "Graph", layer: "Layer") -> tuple[fx.Node | None, list[fx.Node]]:
-        """The activation function at whose argument the error enters, and what rearranges its output; None: at a."""
+    def entrance(self, graph: "Graph", layer: "Layer") -> list[fx.Node]:
+        """The activation function at whose argument the error enters, and what rearranges its output; empty: at a."""
         readout = layer.names == graph.last.names
-        return (None, []) if readout or self.coupling == "activity" else graph.origin(layer.activity)
+        return [] if readout or self.coupling == "activity" else graph.origin(layer.activity)
 
     def enters(self, graph: "Graph", layer: "Layer") -> str:
         if set(layer.names) & set(self.uncoupled):
             return "nowhere"
-        activation, _ = self.entrance(graph, layer)
-        return "its input" if activation is None else f"the argument of {_operator(activation)}"
+        path = self.entrance(graph, layer)
+        return f"the argument of {_operator(path[0])}" if path else "its input"
 
 
 RULES: dict[str, type[Rule]] = {
@@ -1294,8 +1295,9 @@ class Graph:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
         return [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
 
-    def origin(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
-        """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order."""
+    def origin(self, node: fx.Node) -> list[fx.Node]:
+        """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order;
+        empty if it is anything else."""
         path, origins, more = set(), set(), [node]
         while more:
             if _operator(node := more.pop()) in ACTIVATIONS:
@@ -1304,8 +1306,8 @@ class Graph:
                 path.add(node)
                 more += (parts := self.parts(node))
                 if not parts or not _rearranges(node):
-                    return None, []
-        return (origins.pop(), sorted(path)) if len(origins) == 1 else (None, [])
+                    return []
+        return [*origins, *sorted(path)] if len(origins) == 1 else []
 
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
