@@ -1227,10 +1227,10 @@ class Graph:
         self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
         handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
         active, unfed = handed | self.reached | self.parameters.keys(), set()
-        of_names = {place: () for place, name in self.names.items() if name in known.statistics}
-        of_names |= {place: (name,) for place, name in self.parameters.items() if name not in activities}
+        sources = {place: frozenset() for place, name in self.names.items() if name in known.statistics}
+        sources |= {place: frozenset([name]) for place, name in self.parameters.items() if name not in activities}
         while True:  # until every activity is known as one
-            others = self._classify(of_names, active, unfed)
+            others = self._classify(sources, active, unfed)
             if more := {p for p, nodes in put if self.kinds[p] == FIXED and ACTIVITY in map(self.kinds.get, nodes)}:
                 active |= more
             elif found := self._unfed(others):
@@ -1243,15 +1243,13 @@ class Graph:
                 self.reached.add(node)
         self.results = [f for f in self.output if self.kinds.get(f) == ACTIVITY and f in self.reached]
 
-    def _classify(self, of_names: Mapping, active: set, unfed: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    def _classify(self, sources: Mapping, active: set, unfed: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
         """Finds kinds and layers; `unfed` are those layers, with their activities, that no input has reached.
 
         Returns the products with weights that are no layers: node, other factor, weight.
         """
-        self.layers: dict[fx.Node, Layer] = {}
-        self.kinds = {p: WEIGHT if p in of_names else ACTIVITY if p in active else FIXED for p in self.places}
-        self.sources = {place: frozenset(names) for place, names in of_names.items()}  # of weights, parameters
-        others = []
+        self.kinds = {p: WEIGHT if p in sources else ACTIVITY if p in active else FIXED for p in self.places}
+        self.sources, self.layers, others = {**sources}, {}, []
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
             kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
