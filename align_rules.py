@@ -36,12 +36,12 @@ weights standardise B. Complex weights have complex B, and errors go back throug
 activity is the outer product of its inputs. `recurrence` is a loop over layers as one operator. Frozen parameters do
 not learn; errors go through their layers as through the others.
 
-Activities are what depends on the inputs of the call and on the state that the network keeps. What is made of
-parameters, constants (buffers, masks) and random draws alone is a weight where a layer uses it as one; where it meets
-activities otherwise, its products are layers too: positions, noise or zeros that go through layers, a memory that the
-network is given in an attribute. (Memory that one kind of call writes and another reads must be an input.) Of two
-parameters the one is the weight that is one elsewhere too, else name the other: `added`. A product of two activities
-is no layer (attention scores), nor is a penalty of weights; a weight that an activity has scaled is an activity.
+Activities are what depends on the inputs of the call and on the state that the network keeps. All else is made of
+parameters, constants (buffers, masks) and random draws, and is a weight where it is multiplied with activities. Where
+it meets them otherwise (positions, noise, zeros, a memory given in an attribute), the products that made it are layers
+too, whose weight is the factor that is made of parameters; of two such the one that is a weight elsewhere too, else
+name the other: `added`. (Memory that one kind of call writes and another reads must be an input.) A product of two
+activities is no layer (attention scores), nor is a penalty of weights; a weight that an activity scales is an activity.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
@@ -166,7 +166,7 @@ def _transposed(gradient: Tensor, activity: Tensor, weight: Tensor, product: Cal
         return aten.convolution_backward(gradient, *factors, None, *options, wanted)[side]
     if not gradient.dim():  # a product of vectors
         sent = gradient * weight.conj()
-    elif activity.dim() + weight.dim() == 3 and gradient.dim() == 1 and side == 0:  # of a matrix and a vector
+    elif gradient.dim() == 1 and side == 0:  # of a matrix and a vector
         sent = gradient[:, None] * weight.conj()
     else:
         sent = gradient @ weight.mH if side == 0 else weight.mH @ gradient
@@ -183,11 +183,6 @@ def _recurrence(
     for row in states.unbind():
         state = row.addmm_(state, weight).relu_()
     return states
-
-
-@_recurrence.register_fake
-def _(s0: Tensor, W: Tensor, drive: Tensor, feedback: Tensor | None = None, path: Tensor | None = None) -> Tensor:
-    return torch.empty_like(drive, memory_format=torch.contiguous_format)
 
 
 def _back_in_time(ctx, gradient: Tensor):
@@ -217,6 +212,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(s0, W, output, feedback)
 
 
+_recurrence.register_fake(lambda s0, W, drive, *_, **__: torch.empty_like(drive, memory_format=torch.contiguous_format))
 _recurrence.register_autograd(_back_in_time, setup_context=_keep)
 RECURRENCE = torch.ops.align_rules.recurrence.default
 
@@ -258,7 +254,7 @@ class Rule(nn.Module):
 
     Raises:
         TypeError: the network is scripted, compiled, lazy without shapes, or holds a rule; at a call, see the module.
-        ValueError: an unknown name.
+        ValueError: a name that no parameter or module of the network has. (Of rules, what they raise beside these.)
     """
 
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
@@ -309,27 +305,29 @@ class Rule(nn.Module):
         with torch.enable_grad(), _undisturbed(self, (inputs, keywords)):
             behind = _nodes_behind(_tensors(_called(self, inputs, keywords)))
         graph, program = _now.read
-        shapes = {n: n.meta.get(SHAPE) or getattr(n.meta.get("val"), "shape", ()) for n in graph.kinds}
-        shape = {n: "x".join(map(str, size)) or "1" for n, size in shapes.items()}
+
+        def shape(node: fx.Node) -> str:
+            return "x".join(map(str, node.meta.get(SHAPE) or getattr(node.meta.get("val"), "shape", ()))) or "1"
+
         rows = [("layer", "activity -> output", "error enters at")]
         for k in graph.layers.values():
-            rows.append((", ".join(k.names), f"{shape[k.activity]} -> {shape[k.node]}", self.enters(graph, k)))
-        second = max(len(row[1]) for row in rows)
-        first = min(max(len(row[0]) for row in rows), max(56 - second, 24))
-        others = collections.Counter(
-            _operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers
-        )
+            rows.append((", ".join(k.names), f"{shape(k.activity)} -> {shape(k.node)}", self.enters(graph, k)))
+        second = max(len(shapes) for _, shapes, _ in rows)
+        first = min(max(len(names) for names, _, _ in rows), max(56 - second, 24))
+        lines = [f"{type(self).__name__} on {type(self.network).__name__}: errors go back through {self.back}", ""]
+        for names, shapes, entry in rows:
+            names = names if len(names) <= first else f"{names}\n{'':<{first}}"
+            lines.append(f"{names:<{first}}  {shapes:<{second}}  {entry}")
+        others = (_operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers)
+        counts = collections.Counter(others)
+        detached = counts.pop("detach", 0)
         learning = {id(n.variable) for n in behind if hasattr(n, "variable")}
         told = {
-            "differentiated as they stand": [f"{name} {n}" for name, n in others.items() if name != "detach"],
-            "stop-gradients": [str(others["detach"])] if others["detach"] else [],
+            "differentiated as they stand": [f"{name} {n}" for name, n in counts.items()],
+            "stop-gradients": [str(detached)] if detached else [],
             "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
             "do not learn": [n for n, p in self.network.named_parameters() if id(p) not in learning],
         }
-        lines = [f"{type(self).__name__} on {type(self.network).__name__}: errors go back through {self.back}", ""]
-        for name, *row in rows:
-            name = name if len(name) <= first else f"{name}\n{'':<{first}}"
-            lines.append(f"{name:<{first}}  {row[0]:<{second}}  {row[1]}")
         for title, parts in told.items():
             lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 80)] if parts else []
         return "\n".join([*lines, program.code] if code and program else lines)
@@ -365,7 +363,6 @@ class LastLayer(Rule):
 
     Raises:
         TypeError: no layer of torch.nn is registered, and `learns` is not given.
-        ValueError: an unknown name in `learns`.
     """
 
     layerwise = False
@@ -402,9 +399,8 @@ class FeedbackAlignment(Rule):
     With B = W it is backprop. By hand: tests/rules/test_updates_by_hand.py.
 
     Raises:
-        TypeError: as in the module's docstring.
-        ValueError: `feedback` does not fit the network's parameters; an unknown name in `added`; at a call, a layer
-            has a weight for which there is no feedback (a vector, for one).
+        ValueError: `feedback` does not fit the network's parameters; at a call, a layer has a weight for which there is
+            no feedback (a vector, for one).
     """
 
     back = "B"
@@ -432,14 +428,19 @@ class FeedbackAlignment(Rule):
         graph = draft.graph
         layers = [layer for layer in graph.layers.values() if graph.kinds[layer.activity] != FIXED]
         alone = [layer.names for layer in layers if set(layer.names).isdisjoint(self.names)]
-        for name in (*alone, *graph.added_to_weights(layers, self.names)):
-            raise ValueError(f"the weight {name} has no feedback; give it two dimensions, or feedback for it")
-        B = {}  # what stands in for parameters, and what the network makes of that
+        if missing := [*alone, *graph.added_to_weights(layers, self.names)]:
+            raise ValueError(f"the weight {missing[0]} has no feedback; give it two dimensions, or feedback for it")
+        now, B = {**draft.places}, {}  # B: what stands in for parameters, and what the network makes of that
         for place, name in graph.names.items():
             if graph.kinds[place] == WEIGHT:
-                B[place] = draft.own(f"feedback.{name}") if name in self.names else draft.call(sg, draft.places[place])
-        now = draft.follow(draft.places, lambda layer, now: self.layer(draft, layer, now, B[layer.weight]), B)
-        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # also of no layer: no second derivative
+                B[place] = draft.own(f"feedback.{name}") if name in self.names else draft.call(sg, now[place])
+        for node in graph.nodes:
+            layer = graph.layers.get(node)
+            now[node] = self.layer(draft, layer, now, B[layer.weight]) if layer else draft.again(node, now)
+            if graph.kinds[node] == WEIGHT:
+                B[node] = draft.again(node, collections.ChainMap(B, now))
+        draft.put_back(now)
+        return [draft.call(swap_grad, f, f) for f in draft.outputs(now)]  # of which all refuse second derivatives
 
     def layer(self, draft: "Draft", layer: "Layer", now: dict, B: Any) -> Any:
         """y = a W, and the error at y goes to a through B."""
@@ -487,8 +488,7 @@ class SignSymmetry(FeedbackAlignment):
         generator, added: as for FeedbackAlignment.
 
     Raises:
-        TypeError: as for FeedbackAlignment.
-        ValueError: an unknown variant or name; magnitudes that do not fit, are negative, or are given to brSF.
+        ValueError: an unknown variant; magnitudes that do not fit, are negative, or are given to brSF.
     """
 
     VARIANTS = ("uSF", "frSF", "brSF")
@@ -531,14 +531,14 @@ class SignSymmetry(FeedbackAlignment):
         if self.variant == "brSF":
             stream = _stream(self.seed + self.draws)
             self.draws += 1
-            for name, M in zip(self.names, self.feedback, strict=True):
+            for name, M in super().feedback_weights().items():
                 M.copy_(self.drawn(self.network.get_parameter(name), stream))
         return super().tensors()
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        weights = {name: self.network.get_parameter(name).detach() for name in self.names}
-        magnitudes = zip(weights.items(), self.feedback, strict=True)
-        return {name: weight if name in self.exact else M * weight.sgn() for (name, weight), M in magnitudes}
+        M = super().feedback_weights()
+        weights = {name: self.network.get_parameter(name).detach() for name in M}
+        return {name: W if name in self.exact else M[name] * W.sgn() for name, W in weights.items()}
 
 
 class KolenPollack(FeedbackAlignment):
@@ -594,8 +594,8 @@ class WeightMirror(FeedbackAlignment):
         feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
 
     Raises:
-        TypeError, ValueError: as for FeedbackAlignment; ValueError for a rate outside of 0 < rate <= 1; TypeError from
-            `mirror`, for a weight that is not its parameter scaled, masked or rearranged.
+        ValueError: as for FeedbackAlignment; a rate outside of 0 < rate <= 1.
+        TypeError: from `mirror`, a weight that is not its parameter scaled, masked or rearranged.
     """
 
     def __init__(
@@ -642,8 +642,8 @@ class WeightMirror(FeedbackAlignment):
 
 
 def _meet(met: list, output: Tensor, activity: Tensor, weight: Tensor, ones: Tensor, product, side: int, options):
-    """A layer's output; to `met` are added two numbers, whose gradients for ones in the weight's place are y x^T and
-    what the mean of that is the weight's multiple of."""
+    """A layer's output. To `met` are added two numbers, whose gradients for ones in the weight's place are, if the
+    network scales that by s, s y x^T and s^2 times the number of positions: in the mean the weight times the latter."""
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         if product is RECURRENCE:
@@ -677,7 +677,7 @@ class DirectFeedbackAlignment(Rule):
         batch_dim: which dimension of the output counts the examples. Default: the first, if no other can be meant.
 
     Raises:
-        TypeError: as for FeedbackAlignment; at a call, complex activities, or outputs other than one tensor.
+        TypeError: at a call, complex activities, or outputs other than one tensor.
         ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, an
             activity's first dimension is not the batch, or `batch_dim` is needed (as many time steps as examples).
         RuntimeError: at backward(), an input is to have a gradient: none goes there.
@@ -716,9 +716,8 @@ class DirectFeedbackAlignment(Rule):
 
         fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}  # what inputs have reached
         for node in graph.nodes:
-            parts = set(node.all_input_nodes)
+            layer, parts = graph.layers.get(node), set(node.all_input_nodes)
             fed |= {node} if fed & parts else set()
-            layer = graph.layers.get(node)
             if layer and layer.recurrent:
                 raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
             if _operator(node).startswith("_thnn_fused"):
@@ -734,8 +733,9 @@ class DirectFeedbackAlignment(Rule):
                 inside.add(node)
             else:
                 now[node] = draft.again(node, now)
-                joined = {part for part in parts - fed if graph.kinds[part] == ACTIVITY} & graph.reached
-                if graph.kinds[node] == ACTIVITY and (inside & parts or (node in fed and joined)):
+                learns = {part for part in graph.reached & parts if graph.kinds[part] == ACTIVITY}
+                joins = node in fed and learns - fed  # what no input has reached
+                if graph.kinds[node] == ACTIVITY and (inside & parts or joins):
                     inside.add(node)
             activation = node.args[0] if _operator(node) == "getitem" else node
             if node in inside and _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
@@ -834,9 +834,11 @@ class _FromInitial(Rule):
 
     def initially(self, draft: "Draft", now: dict, places: Mapping) -> dict:
         """The initial network's values before it runs: what both share, these inputs, its parameters and statistics."""
-        shared = {node: now[node] for node, kind in draft.graph.kinds.items() if kind == FIXED}
-        own = {place: draft.own(f"initial.{name}") for place, name in draft.graph.names.items() if name in self.kept}
-        return {**shared, **places, **own}
+        graph = draft.graph
+        shared = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED}
+        own = {place: draft.own(f"initial.{name}") for place, name in graph.names.items() if name in self.kept}
+        copies = {place: draft.call(torch.clone, own[place]) for place in graph.state if place in own}
+        return {**shared, **places, **own, **copies}
 
     def feedback_weights(self) -> dict[str, Tensor]:
         kept = self.initial.named()
@@ -853,10 +855,7 @@ class AlignZero(_FromInitial):
         sent to the layer's input: W0^T delta0      dW = delta0 a0^T
 
     output = sg(f) + f0 - sg(f0), and d(output)/d(theta0) is what theta gets. At the initial parameters it is backprop.
-
-    Raises:
-        TypeError: at a call, as in the module's docstring (but any use of a learned tensor is right).
-        ValueError: an unknown name in `live`.
+    Learned tensors may meet activities in any way.
     """
 
     layerwise = False
@@ -869,9 +868,9 @@ class AlignZero(_FromInitial):
     def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
         """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
         first = self.initially(draft, now, draft.places)
-        for place in draft.graph.parameters:
-            live = draft.graph.names[place] in self.live
-            first[place] = receivers[place] if live else draft.call(swap_grad, first[place], receivers[place])
+        for place, name in draft.graph.parameters.items():
+            to = receivers[place]
+            first[place] = to if name in self.live else draft.call(swap_grad, first[place], to)
         return draft.follow(first, initial=self.kept)
 
 
@@ -890,8 +889,7 @@ class AlignAda(_FromInitial):
         added: as for FeedbackAlignment; the names in `live` count as well.
 
     Raises:
-        TypeError: as for FeedbackAlignment.
-        ValueError: an unknown coupling or name.
+        ValueError: an unknown coupling.
     """
 
     def __init__(
@@ -912,32 +910,30 @@ class AlignAda(_FromInitial):
             a = layer.activity
             if set(layer.names) & set(self.uncoupled):
                 return draft.again(layer.node, first)
-            activation, path = self.entrance(draft.graph, layer)
-            states = {"path": now[layer.node]} if layer.recurrent else {}
-            if activation is None:
-                a0 = draft.call(couple, first[a], now[a])
-                return draft.again(layer.node, first, {layer.position: a0}, **states)
-            for node in (activation, *path):
+            path = self.entrance(draft.graph, layer)
+            for node in path:
                 if node not in coupled:
-                    u = activation.args[0]
-                    at_u = {0: draft.call(couple, first[u], now[u])} if node is activation else {}
+                    u = node.args[0]
+                    at_u = {0: draft.call(couple, first[u], now[u])} if node is path[0] else {}
                     coupled[node] = draft.again(node, collections.ChainMap(coupled, first), at_u)
-            return draft.again(layer.node, first, {layer.position: coupled[a]}, **states)
+            a0 = coupled[a] if path else draft.call(couple, first[a], now[a])
+            states = {"path": now[layer.node]} if layer.recurrent else {}
+            return draft.again(layer.node, first, {layer.position: a0}, **states)
 
         first = self.initially(draft, now, {place: draft.call(sg, value) for place, value in draft.places.items()})
         first = draft.follow(first, coupling, initial=self.kept)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
-    def entrance(self, graph: "Graph", layer: "Layer") -> tuple[fx.Node | None, list[fx.Node]]:
-        """The activation function at whose argument the error enters, and what rearranges its output; None: at a."""
+    def entrance(self, graph: "Graph", layer: "Layer") -> list[fx.Node]:
+        """The activation function at whose argument the error enters, and what rearranges its output; empty: at a."""
         readout = layer.names == graph.last.names
-        return (None, []) if readout or self.coupling == "activity" else graph.origin(layer.activity)
+        return [] if readout or self.coupling == "activity" else graph.origin(layer.activity)
 
     def enters(self, graph: "Graph", layer: "Layer") -> str:
         if set(layer.names) & set(self.uncoupled):
             return "nowhere"
-        activation, _ = self.entrance(graph, layer)
-        return "its input" if activation is None else f"the argument of {_operator(activation)}"
+        path = self.entrance(graph, layer)
+        return f"the argument of {_operator(path[0])}" if path else "its input"
 
 
 RULES: dict[str, type[Rule]] = {
@@ -987,11 +983,9 @@ def verify(
     inputs, keywords = pytree.tree_map_only(Tensor, feed, (inputs, keywords))
     with _undisturbed(rule), torch.enable_grad():
         for parameter in rule.parameters():
-            parameter.data = parameter.data.clone()
+            parameter.data = _not_zero(parameter.data.clone())
         if double:
             rule.double()
-        for parameter in rule.network.parameters():
-            parameter.data = _not_zero(parameter.data)
         for held in rule.backprop_at().values():
             held.data.copy_(_not_zero(held.data))
         rule.become_backprop()
@@ -1183,7 +1177,6 @@ MEETING = REARRANGING | _named_operators(
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
     "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex"
 )
-REPARAMETERISED = ("_standard_gamma", "_sample_dirichlet")  # draws that have a derivative
 # What is made of the shape of its argument alone.
 SHAPED = _named_operators("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
 # Buffers of which the initial network has its own, beside the vectors of spectral norm.
@@ -1208,8 +1201,9 @@ class Graph:
     """A call of a network, read: what each of its nodes is made of (`kinds`), and which are `layers`, in order.
 
     `places` are its inputs, `names` those of parameters and buffers among them, `parameters` the former alone;
-    `results` what it gives that learns, `state` what it writes back, by place, and `kept` the places in which it puts
-    others; `unclear` products of two weights that meet activities without being weights themselves.
+    `sources` the parameters that a weight is made of; `reached` what is learned, and all that is made of it with a
+    gradient; `results` what it gives that learns, `state` what it writes back, by place, and `kept` the places in which
+    it puts others; `unclear` products of two learned factors that meet activities, neither of which is a weight.
 
     Args:
         replaced: of tensors in whose place the network puts others, these, by positions (`_Held.replaced`).
@@ -1231,15 +1225,15 @@ class Graph:
         put += [(tensors[k], [tensors[n] for n in others]) for k, others in replaced.items()]
         self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
         handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
-        active, starts = handed | self.reached | self.parameters.keys(), set()
-        of_names = {place: () for place, name in self.names.items() if name in known.statistics}
-        of_names |= {place: (name,) for place, name in self.parameters.items() if name not in activities}
+        active, unfed = handed | self.reached | self.parameters.keys(), set()
+        sources = {place: frozenset() for place, name in self.names.items() if name in known.statistics}
+        sources |= {place: frozenset([name]) for place, name in self.parameters.items() if name not in activities}
         while True:  # until every activity is known as one
-            others = self._classify(of_names, active, starts)
+            others = self._classify(sources, active, unfed)
             if more := {p for p, nodes in put if self.kinds[p] == FIXED and ACTIVITY in map(self.kinds.get, nodes)}:
                 active |= more
-            elif start := self._start(others):
-                starts.add(start)
+            elif found := self._unfed(others):
+                unfed.add(found)
             else:
                 break
         self.last = next(reversed(self.layers.values()), None)
@@ -1248,21 +1242,19 @@ class Graph:
                 self.reached.add(node)
         self.results = [f for f in self.output if self.kinds.get(f) == ACTIVITY and f in self.reached]
 
-    def _classify(self, of_names: Mapping, active: set, starts: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
-        """Finds kinds and layers; of these `starts` are the ones whose activity no input has reached, with that.
+    def _classify(self, sources: Mapping, active: set, unfed: set) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Finds kinds and layers; `unfed` are those layers, with their activities, that no input has reached.
 
-        Returns the other products with a weight that is made of parameters, with their two factors.
+        Returns the products with weights that are no layers: node, other factor, weight.
         """
-        self.layers: dict[fx.Node, Layer] = {}
-        self.kinds = {p: WEIGHT if p in of_names else ACTIVITY if p in active else FIXED for p in self.places}
-        self.sources = {place: frozenset(names) for place, names in of_names.items()}  # of weights, parameters
-        others = []
+        self.kinds = {p: WEIGHT if p in sources else ACTIVITY if p in active else FIXED for p in self.places}
+        self.sources, self.layers, others = {**sources}, {}, []
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
             kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
-                if (names := self.sources.get(weight)) and (self.kinds[read] == ACTIVITY or (node, read) in starts):
+                if (names := self.sources.get(weight)) and (self.kinds[read] == ACTIVITY or (node, read) in unfed):
                     self.layers[node] = Layer(node, one, other, tuple(sorted(names)))
                     kind = ACTIVITY
                 elif names:
@@ -1273,9 +1265,9 @@ class Graph:
                 self.sources[node] = frozenset().union(*parts)
         return others
 
-    def _start(self, others: Iterable) -> tuple[fx.Node, fx.Node] | None:
-        """The first of these products that is a layer although no input has reached it, and its activity; notes those
-        that are `unclear`. They meet activities otherwise than in the weight of a layer, or are outputs."""
+    def _unfed(self, others: Iterable) -> tuple[fx.Node, fx.Node] | None:
+        """The first of these products that is a layer although no input has reached it, for it meets activities
+        otherwise than in the weight of a layer, or is an output; with its activity. Notes those that are `unclear`."""
         weighing, activated = {layer.weight for layer in self.layers.values()}, set()
         # An output that is a number is a penalty, unless activation functions have made it.
         meeting = {f for f in self.output if isinstance(f, fx.Node) and getattr(f.meta["val"], "shape", ())}
@@ -1307,8 +1299,9 @@ class Graph:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
         return [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
 
-    def origin(self, node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
-        """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order."""
+    def origin(self, node: fx.Node) -> list[fx.Node]:
+        """The activation function whose output, rearranged alone, an activity is, and what rearranges it, in order;
+        empty if it is anything else."""
         path, origins, more = set(), set(), [node]
         while more:
             if _operator(node := more.pop()) in ACTIVATIONS:
@@ -1317,8 +1310,8 @@ class Graph:
                 path.add(node)
                 more += (parts := self.parts(node))
                 if not parts or not _rearranges(node):
-                    return None, []
-        return (origins.pop(), sorted(path)) if len(origins) == 1 else (None, [])
+                    return []
+        return [*origins, *sorted(path)] if len(origins) == 1 else []
 
     def added_to_weights(self, layers: Iterable[Layer], names: Names) -> list[tuple[str, ...]]:
         """Which parameters other than these are a part of layers' weights beside them, and no gains of theirs."""
@@ -1390,8 +1383,8 @@ def _flows(node: fx.Node) -> bool:
 def _may_draw_inside(node: fx.Node) -> bool:
     """Whether it is a function of activities that can draw random numbers itself."""
     foreign = getattr(node.target, "namespace", "aten") not in ("aten", "prims", "align_rules")
-    names = ("_scaled_dot_product", "rrelu", "autograd_function", *REPARAMETERISED)
-    return foreign or _operator(node).startswith(names)
+    differentiable = ("_scaled_dot_product", "rrelu", "autograd_function", "_standard_gamma", "_sample_dirichlet")
+    return foreign or _operator(node).startswith(differentiable)
 
 
 def _draws(node: fx.Node) -> bool:
@@ -1453,26 +1446,20 @@ class Draft:
         options = node.args[3:9] if node.target is aten.convolution.default else node.kwargs.get("alpha", 1)
         return node.target, int(layer.position > layer.weight_position), map_arg(options, values.__getitem__)
 
-    def follow(
-        self, given: Mapping, at_layer: Callable | None = None, stand_ins: dict | None = None, initial: Names = ()
-    ) -> dict:
+    def follow(self, given: Mapping, at_layer: Callable | None = None, initial: Names = ()) -> dict:
         """From given values those of all nodes that have none yet, in order; and write state back.
 
         Args:
             at_layer: computes a layer's output in its own way, from the layer and the values.
-            stand_ins: values in the places of weights; what the network makes of them is added.
             initial: of an initial network, the names of what it has of its own: no other state is written.
         """
         values = {**given}
-        for place in self.graph.state:
-            if self.graph.names[place] in initial:
-                values[place] = self.call(torch.clone, values[place])
         for node in self.graph.nodes:
             if initial and self.graph.kinds[node] == ACTIVITY:
                 _require_repeatable(node)
             if node in values:
-                pass
-            elif at_layer and node in self.graph.layers:
+                continue
+            if at_layer and node in self.graph.layers:
                 values[node] = at_layer(self.graph.layers[node], values)
             elif initial and node in self.states:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
@@ -1481,8 +1468,6 @@ class Draft:
                 if _may_draw_inside(node):
                     self.states[node] = self.call(_generators_now)
                 values[node] = self.again(node, values)
-            if stand_ins is not None and self.graph.kinds[node] == WEIGHT:
-                stand_ins[node] = self.again(node, collections.ChainMap(stand_ins, values))
         self.put_back(values, initial)
         return values
 
