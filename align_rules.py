@@ -105,6 +105,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 Names = Iterable[str]  # of parameters, or of modules
 Named = Mapping[str, Tensor]
 
@@ -371,9 +372,9 @@ class LastLayer(Rule):
     def __init__(self, network: nn.Module, learns: Names | None = None):
         super().__init__(network)
         if learns is None:
-            if not (weights := list(layer_weights(network))):
+            if not (layers := [name for name, module in network.named_modules() if isinstance(module, LAYERS)]):
                 raise TypeError("the network has no torch.nn.Linear or Conv layer; name what learns: learns=(...)")
-            learns = [weights[-1].removesuffix("weight").removesuffix(".")]
+            learns = layers[-1:]
         self.learns = _parameters_within(network, learns)
 
     def derive(self, draft: "Draft") -> list:
@@ -716,13 +717,21 @@ class DirectFeedbackAlignment(Rule):
 
         fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}  # what inputs have reached
         for node in graph.nodes:
+            fed |= {node} if fed & {*node.all_input_nodes} else set()
+        for node in reversed(graph.nodes):  # and steps before the inputs come: what has their shape where it meets them
+            layer = graph.layers.get(node)
+            parts = [layer.activity] if layer else node.all_input_nodes if _is_pointwise(node) else []
+            for part in parts if node in fed else []:
+                shape, of_node = (getattr(n.meta["val"], "shape", ()) for n in (part, node))
+                if graph.kinds[part] == ACTIVITY and shape[:1] == examples and (layer or shape == of_node):
+                    fed.add(part)
+        for node in graph.nodes:
             layer, parts = graph.layers.get(node), set(node.all_input_nodes)
-            fed |= {node} if fed & parts else set()
             if layer and layer.recurrent:
                 raise TypeError("DFA needs a block for every step of a recurrence; write its steps as a loop")
             if _operator(node).startswith("_thnn_fused"):
                 raise TypeError("DFA's blocks end inside of a GPU's fused cells; write their steps out, or use a CPU")
-            if layer and layer.activity in fed:
+            if layer and node in fed:
                 place = layer.activity
                 while place in inside and ends_elsewhere(place) and len(graph.parts(place)) == 1:
                     inside.discard(place)
@@ -1057,12 +1066,10 @@ def _angle(one: Tensor | None, other: Tensor | None) -> float | None:
 def layer_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights of torch.nn.Linear, Conv1d, 2d, 3d and their subclasses, by name, in order of registration; a shared
     one once. (Which other weights a network's layers have, only a call shows: `Rule.explain`.)"""
-    kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-    weights: dict[int, tuple[str, Tensor]] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, kinds) and (weight := module._parameters.get("weight")) is not None:
-            weights.setdefault(id(weight), (f"{name}.weight".lstrip("."), weight))
-    return dict(weights.values())
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    modules = (module for module in network.modules() if isinstance(module, LAYERS))
+    weights = (weight for module in modules if (weight := module._parameters.get("weight")) is not None)
+    return {names[id(weight)]: weight for weight in weights}
 
 
 def _compared(
@@ -1333,9 +1340,8 @@ class Graph:
             differentiated |= self.reached.intersection(node.all_input_nodes) if node in differentiated else set()
         for node in self.nodes:
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
-            pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
             met = [self.kinds[node.args[k]] for k in PRODUCTS.get(node.target, [()])[0]]  # factors, not what is added
-            known = node in self.layers or pointwise or _operator(node) in MEETING or _rearranges(node)
+            known = node in self.layers or _is_pointwise(node) or _operator(node) in MEETING or _rearranges(node)
             known |= bool(met) and ACTIVITY not in met and node.target is not RECURRENCE
             wrong = node in self.unclear or (self.kinds[node] == ACTIVITY and learned and not known)
             if node in differentiated and wrong:
@@ -1368,6 +1374,10 @@ def _operator(node: fx.Node) -> str:
 
 def _rearranges(node: fx.Node) -> bool:
     return getattr(node.target, "is_view", False) or _operator(node) in REARRANGING
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _differentiable(value: Any) -> bool:
@@ -1736,6 +1746,7 @@ def _read(rule: Rule, graph: fx.Graph, arguments: Iterable, replaced: Mapping) -
         raise TypeError(f"the network writes into its parameters {', '.join(written)} when it is called; do so outside")
     if rule.layerwise:
         read.require_layers()
+    if not isinstance(rule, Backprop):
         known = set(rule.known.parameters.values())
         for place, t in zip(read.places, arguments, strict=True):
             strange = isinstance(t, Tensor) and t.requires_grad and not (read.names[place] or place.meta[GIVEN])
