@@ -1080,6 +1080,8 @@ def _compared(
     found = []
     for call in calls:
         with _undisturbed(network, values):
+            for parameter in network.parameters():
+                parameter.data = _not_zero(parameter.data)
             output = call()
             if not found:
                 leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
@@ -2100,15 +2102,7 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
             raise TypeError(f"torch cannot write {name} down: {_reason(error)}. {REMEDY}") from error
 
     calls = [functools.partial(network, *inputs, **keywords), written_down]
-    zeros = [(p, p.data) for p in network.parameters()]
-    for p, zero in zeros:
-        p.data = _not_zero(zero)
-    try:
-        compared = _compared(calls, loss, watched, network, (inputs, keywords, arguments))
-    finally:
-        for p, zero in zeros:
-            p.data = zero
-    watched, (outputs, gradients, kept), own = compared
+    watched, (outputs, gradients, kept), own = _compared(calls, loss, watched, network, (inputs, keywords, arguments))
     if not outputs or len(own[0]) != len(outputs):
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
