@@ -165,7 +165,9 @@ def _transposed(gradient: Tensor, activity: Tensor, weight: Tensor, product: Cal
         wanted = (side == 0, side == 1, False)
         factors = (activity, weight) if side == 0 else (weight, activity)
         return aten.convolution_backward(gradient, *factors, None, *options, wanted)[side]
-    if not gradient.dim():  # a product of vectors
+    if product is aten.vdot.default:  # conj(one) other
+        sent = gradient.conj() * weight if side == 0 else gradient * weight
+    elif not gradient.dim():  # a product of vectors
         sent = gradient * weight.conj()
     elif gradient.dim() == 1 and side == 0:  # of a matrix and a vector
         sent = gradient[:, None] * weight.conj()
