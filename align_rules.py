@@ -263,7 +263,7 @@ class Rule(nn.Module):
     compiler: str | None = None  # of torch.compile's, the backend that a rule's graph is handed to; None: it runs as is
     layerwise = True  # it looks at layers, and so must know what every learned tensor does
     back, entry = "W", "its input"  # what carries errors back through a layer and where they enter, in words
-    recorded: Mapping = types.MappingProxyType({})  # kinds of recorded calls that were checked; whether always recorded
+    recorded: Mapping = types.MappingProxyType({})  # kinds of recorded calls: whether always recorded, and proofs taken
 
     def __init__(self, network: nn.Module, activities: Names = ()):
         super().__init__()
@@ -310,7 +310,7 @@ class Rule(nn.Module):
         graph, program = _now.read
 
         def shape(node: fx.Node) -> str:
-            return "x".join(map(str, node.meta.get(SHAPE) or getattr(node.meta.get("val"), "shape", ()))) or "1"
+            return "x".join(map(str, getattr(node.meta.get("val"), "shape", ()))) or "1"
 
         rows = [("layer", "activity -> output", "error enters at")]
         for k in graph.layers.values():
@@ -324,12 +324,12 @@ class Rule(nn.Module):
         others = (_operator(n) for n in graph.nodes if graph.kinds[n] == ACTIVITY and n not in graph.layers)
         counts = collections.Counter(others)
         detached = counts.pop("detach", 0)
-        learning = {id(n.variable) for n in behind if hasattr(n, "variable")}
+        learning = _variables(behind)
         told = {
             "differentiated as they stand": [f"{name} {n}" for name, n in counts.items()],
             "stop-gradients": [str(detached)] if detached else [],
             "drawn once": sorted({_operator(n) for n in graph.nodes if _draws(n)}),
-            "do not learn": [n for n, p in self.network.named_parameters() if id(p) not in learning],
+            "do not learn": [n for n, p in self.network.named_parameters() if p not in learning],
         }
         for title, parts in told.items():
             lines += ["", *textwrap.wrap(f"{title}: {', '.join(parts)}", 80)] if parts else []
@@ -380,7 +380,7 @@ class LastLayer(Rule):
         self.learns = _parameters_within(network, learns)
 
     def derive(self, draft: "Draft") -> list:
-        frozen = [place for place, name in draft.graph.parameters.items() if name not in self.learns]
+        frozen = [place for place in draft.graph.places if draft.graph.parameters.get(place) not in self.learns]
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
         return draft.outputs(draft.follow(now))
 
@@ -777,7 +777,8 @@ class DirectFeedbackAlignment(Rule):
         asked = [t for t in inputs if t.requires_grad]
 
         def send(e: Tensor) -> list[Tensor | None]:
-            if any(t.is_leaf for t in asked):
+            learned = {t for t in asked if t.is_leaf} | _variables(_nodes_behind(asked))
+            if not learned <= {*self.network.parameters()}:  # as what lies behind a state is
                 raise RuntimeError("inputs get no error in direct feedback, and one has requires_grad; hand over data")
             e = e.movedim(self.batch_dim or 0, 0).reshape(examples, entries)
             return [*(_projected(e, *place) for place in places), *[None] * len(asked)]
@@ -1086,7 +1087,7 @@ def _compared(
                 parameter.data = _not_zero(parameter.data)
             output = call()
             if not found:
-                leaves = [n.variable for n in _nodes_behind(_tensors(output), watched) if hasattr(n, "variable")]
+                leaves = _variables(_nodes_behind(_tensors(output), watched))
                 watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
             kept = [t.detach().clone() for t in _Held(network, values).buffers()]
             gradients = _gradients(loss_function(output), watched)
@@ -1122,6 +1123,10 @@ def _nodes_behind(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> se
     return found
 
 
+def _variables(nodes: Iterable) -> set[Tensor]:
+    return {node.variable for node in nodes if hasattr(node, "variable")}
+
+
 def _tolerance(dtype: torch.dtype, single: float, below: float) -> float:
     """Of what is computed in two ways, as a share of its largest entry."""
     precision = torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0
@@ -1152,8 +1157,7 @@ def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[f
 # -------------------------------------------------------------------------------------------------- the graph: reading
 
 FIXED, WEIGHT, ACTIVITY = range(3)  # made of neither of the following; of parameters and statistics; of activities
-# In a node's meta: of a place, whether the call hands it to the network; of what was recorded, the shape of its value.
-GIVEN, SHAPE = "given", "shape"
+GIVEN = "given"  # in a place's meta: whether the call hands it to the network
 
 # Products, and the positions that an activity and a weight can have among their arguments.
 PRODUCTS = {
@@ -1548,16 +1552,15 @@ _FUNCTION = torch.ops.higher_order.autograd_function_apply  # a torch.autograd.F
 _INLINED = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")  # calls of a part of the graph
 _COUNT = itertools.count()
 MANY = 16  # captures in a row, after which calls are recorded
-PROOFS = 4  # of a capture, after which it is used although some gradients have always been zero
+PROOFS = 4  # are enough, though some gradients have always been zero
 _LOCK = threading.RLock()  # one call at a time
 
 
 class _Now(threading.local):
     """The call that this thread is in: its rule, the backward hooks of its network (None: proof is being taken), and
-    when it has run its graph and the rule's code; when proof is being taken, what the graph gave."""
+    when it has run its graph and the rule's code."""
 
     rule = hooks = read = None
-    outputs: Iterable[Tensor] = ()
 
 
 _now = _Now()
@@ -1587,7 +1590,8 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
         def kind() -> tuple:
             return hooks, tuple((module.training, len(module._forward_hooks)) for module in modules)
 
-        if not (rule.recorded and rule.recorded.get(kind())):
+        always, proofs = rule.recorded.get(kind(), (False, 0)) if rule.recorded else (False, 0)
+        if not always:
             drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
             known, before = rule.known, rule.known.in_a_row
             try:
@@ -1597,9 +1601,10 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
-        if kind() not in rule.recorded:
+            always, proofs = not isinstance(reason, _Unasked), rule.recorded.get(kind(), (False, 0))[1]
+        if proofs < PROOFS:
             try:
-                _prove(network, inputs, keywords, _record, ())
+                proofs = PROOFS if _prove(network, inputs, keywords, _record, ()) else proofs + 1
             except TypeError as error:
                 if reason is None or isinstance(reason.__cause__, TypeError):
                     raise
@@ -1609,7 +1614,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
                     f"{type(network).__name__} is recorded anew at every call, at some 0.1 ms an operator, since torch "
                     f"cannot write it down: {reason}", stacklevel=_depth()
                 )  # fmt: skip
-            rule.recorded = {**rule.recorded, kind(): not isinstance(reason, _Unasked)}
+            rule.recorded = {**rule.recorded, kind(): (always, proofs)}
         if isinstance(reason, _Unasked):  # it may be asked the next time, by an entry that it has not put aside
             _entry.cache_clear()
             rule.known.entry = None
@@ -1622,7 +1627,7 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn
     def as_backprop(*call) -> Any:
         before = _Held(rule.network)
         result = _enter(*call, None)
-        capture.replaced = before.replaced(arguments, _now.outputs)
+        capture.replaced, capture.outputs = before.replaced(arguments, capture.outputs), ()
         return result
 
     for _ in range(3 if rule.known.in_a_row < MANY else 0):  # the first call may make what later ones find
@@ -1635,8 +1640,6 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn
             told = _prove(rule.network, inputs, keywords, as_backprop, arguments)
         except TypeError as error:
             raise _Refused(error) from error
-        finally:
-            _now.outputs = ()
         capture.proofs += 1
         capture.proved[hooks] = math.inf if told or capture.proofs == PROOFS else 1
     raise _Refused("it depends on what is another at every call (a number or list of Python, a size; make it a tensor)")
@@ -1706,11 +1709,12 @@ def _call_network(network, inputs, keywords, attributes):
 
 class _Capture:
     """What Dynamo calls in a network's place, with the tensors of the call: the graph of torch calls that it wrote
-    down, made one of operators; `programs`, what rules have made of that; `proved`, for how many calls, by hooks."""
+    down, made one of operators; `programs`, what rules have made of that; `proved`, for how many calls, by hooks; when
+    proof is taken, `outputs`, and by what of these tensors are `replaced`."""
 
     def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
-        self.programs, self.proved, self.proofs, self.replaced = {}, collections.Counter(), 0, {}
+        self.programs, self.proved, self.proofs, self.replaced, self.outputs = {}, collections.Counter(), 0, {}, ()
 
     def __call__(self, *arguments):
         rule, hooks = _now.rule, _now.hooks
@@ -1727,7 +1731,7 @@ class _Capture:
         values = [*arguments, *(tensors[name] for name in program.own)]
         with _autocast_off(arguments):
             outputs = (program.forward if hooks is None else _compiled(program, rule.compiler, values))(*values)
-        _now.outputs = outputs if hooks is None else ()
+        self.outputs = outputs if hooks is None else ()
         return outputs
 
 
@@ -1754,7 +1758,7 @@ def _read(rule: Rule, graph: fx.Graph, arguments: Iterable, replaced: Mapping) -
         known = set(rule.known.parameters.values())
         for place, t in zip(read.places, arguments, strict=True):
             strange = isinstance(t, Tensor) and t.requires_grad and not (read.names[place] or place.meta[GIVEN])
-            behind = {getattr(node, "variable", None) for node in _nodes_behind([t])} if strange else ()
+            behind = _variables(_nodes_behind([t])) if strange else set()
             if strange and place not in read.kept and (isinstance(t, nn.Parameter) or not known.isdisjoint(behind)):
                 raise TypeError(
                     f"the network uses a learned tensor {tuple(t.shape)} that is none of its parameters: register it "
@@ -2044,6 +2048,8 @@ RESPELLED = {
     aten.view.default: aten.reshape.default,  # the strides of real tensors may differ from those of fake ones
     aten._unsafe_view.default: aten.reshape.default,
     aten.bernoulli.p: bernoulli,
+    aten.zero.default: aten.zeros_like.default,  # of which only the shape of the argument counts
+    aten.fill.Scalar: aten.full_like.default,
     aten.copy.default: copied,  # which has no derivative
     aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
 }
@@ -2290,7 +2296,7 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any
             raise TypeError(f"what {_operator(node)} computes at {_line(node)} is kept where a rule does not find it")
     _now.read = graph, None
     for node, value in record.values.items():  # nodes refer to each other, and would keep values until Python tidies up
-        node.meta = {SHAPE: getattr(value, "shape", None)}
+        node.meta = {"val": types.SimpleNamespace(shape=getattr(value, "shape", ()))}
     return record.output
 
 

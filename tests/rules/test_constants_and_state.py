@@ -297,6 +297,28 @@ def test_every_matrix_has_feedback():
         align_rules.AlignProp(Cell(vectors=True))(torch.randn(6, 4))
 
 
+class Fixates(nn.Module):
+    """Steps before the stimulus, from zeros or from the state that the network keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.r, self.o, self.h = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3), None
+
+    def forward(self, x):
+        h = torch.zeros(len(x), 5) if self.h is None else self.h
+        for step in range(4):
+            h = torch.tanh(self.r(h) + (self.i(x) if step > 1 else 0))
+        self.h = h.detach()
+        return self.o(h)
+
+
+def test_direct_feedback_reaches_the_steps_before_the_stimulus():
+    rule = align_rules.DirectFeedbackAlignment(Fixates())
+    for _ in range(3):
+        rule(torch.randn(6, 4)).sum().backward()
+    assert [B.shape for B in rule.feedback] == [(3, 5)] * 4
+
+
 class InAList(nn.Module):
     def __init__(self):
         super().__init__()
@@ -330,14 +352,17 @@ class Prompted(nn.Module):
         return self.o(torch.tanh(self.i(x) + self.z(self.prompt[None])))
 
 
-@pytest.mark.parametrize("name", LAYERWISE)
-@pytest.mark.parametrize(
-    ("kind", "told"),
-    [(InAList, "none of its parameters"), (MadeBefore, "none of its parameters"), (Prompted, "added=")],
-)
-def test_learned_tensors_that_no_rule_knows(name, kind, told):
-    with pytest.raises(TypeError, match=told):
+@pytest.mark.parametrize("name", [*LAYERWISE, "align_zero", "last_layer"])
+@pytest.mark.parametrize("kind", [InAList, MadeBefore])
+def test_learned_tensors_that_are_no_parameters(name, kind):
+    with pytest.raises(TypeError, match="none of its parameters"):
         align_rules.RULES[name](kind())(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_a_learned_prompt_is_named(name):
+    with pytest.raises(TypeError, match="added="):
+        align_rules.RULES[name](Prompted())(torch.randn(6, 4))
 
 
 def test_direct_feedback_on_weights_that_hooks_make():

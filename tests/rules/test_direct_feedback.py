@@ -1,7 +1,10 @@
 """Direct feedback and the order of memory."""
 
+import contextlib
+
 import pytest
 import torch
+from torch import nn
 
 import align_rules
 
@@ -16,3 +19,12 @@ def test_direct_feedback_is_the_same_in_either_order_of_memory(last):
     sent = align_rules._projected(error, feedback, torch.Size((5, 4, 6, 7)), torch.float32)
     torch.testing.assert_close(sent, torch.einsum("be,echw->bchw", error, feedback))
     assert sent.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("name", ["dfa", "last_layer"])
+def test_no_error_goes_to_inputs(name):
+    encoder, network = nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    output = align_rules.RULES[name](network)(encoder(torch.randn(4, 6))).sum()
+    with pytest.raises(RuntimeError, match="inputs get no error") if name == "dfa" else contextlib.nullcontext():
+        output.backward()
+    assert encoder.weight.grad is None

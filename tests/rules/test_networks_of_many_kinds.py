@@ -59,6 +59,18 @@ class Spike(torch.autograd.Function):
         return gradient / (1 + v.abs().expand(ctx.examples, -1)) ** 2
 
 
+class TiedModules(nn.Module):
+    """A language model's embedding is its readout."""
+
+    def __init__(self):
+        super().__init__()
+        self.e, self.h, self.o = nn.Embedding(CLASSES, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES, bias=False)
+        self.o.weight = self.e.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.h(self.e(words % CLASSES).mean(1))))
+
+
 class Settles(nn.Module):
     """Recurrent until its values settle, which nobody knows before."""
 
@@ -234,6 +246,10 @@ NETWORKS = {
         nn.Linear(7, CLASSES)), vectors),
     "tied": (lambda: Function(tied, words=nn.Embedding(9, 8), hidden=nn.Linear(8, 8)),
              words),
+    "tied modules": (TiedModules, words),
+    "vectors, complex": (lambda: Function(
+        lambda s, x: torch.vdot(torch.complex(*s.v), torch.complex(*s.o(torch.tanh(s.i(x))).mean(0).split(3))).abs(),
+        i=nn.Linear(SIZE, 7), o=nn.Linear(7, 6), v=nn.Parameter(torch.randn(2, 3))), vectors),
     "embedding bag": (lambda: Function(lambda s, w: s.o(torch.tanh(s.h(s.e(w)))), e=nn.EmbeddingBag(9, 8),
                                        h=nn.Linear(8, 8), o=nn.Linear(8, CLASSES)), words),
     "in place": (lambda: Function(in_place, a=nn.Linear(SIZE, 7), b=nn.Linear(7, CLASSES),
@@ -361,6 +377,7 @@ def test_state_is_known_by_whatever_name():
 )
 def test_other_batch_sizes(kind, monkeypatch):
     """The first is written down, so is the second; the third is not (but torch's fused modules may fix their sizes)."""
+    align_rules._entry.cache_clear()  # of captures by other tests
     written, right = [], align_rules._functional
     monkeypatch.setattr(align_rules, "_functional", lambda module: written.append(module) or right(module))
     network, inputs = made(kind)

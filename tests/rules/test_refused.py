@@ -417,3 +417,8 @@ def test_a_batch_of_zeros_proves_nothing():
         assert not rule(torch.zeros(5, 6)).any()
     with pytest.raises(TypeError, match=r"writes under torch\.no_grad or by \.data into activities"):
         rule(torch.randn(5, 6))
+
+
+def test_the_last_layer_is_a_module_whatever_its_weight_is_made_of():
+    network = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(7, 3)))
+    assert {name.partition(".")[0] for name in align_rules.LastLayer(network).learns} == {"2"}
