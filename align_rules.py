@@ -38,10 +38,11 @@ not learn; errors go through their layers as through the others.
 
 Activities are what depends on the inputs of the call and on the state that the network keeps. All else is made of
 parameters, constants (buffers, masks) and random draws, and is a weight where it is multiplied with activities. Where
-it meets them otherwise (positions, noise, zeros, a memory given in an attribute), the products that made it are layers
-too, whose weight is the factor that is made of parameters; of two such the one that is a weight elsewhere too, else
-name the other: `added`. (Memory that one kind of call writes and another reads must be an input.) A product of two
-activities is no layer (attention scores), nor is a penalty of weights; a weight that an activity scales is an activity.
+it meets them otherwise (positions, noise, zeros, a memory given in an attribute), or is an output of its own, the
+products that made it are layers too, whose weight is the factor that is made of parameters; of two such the one that is
+the same weight elsewhere, else name the other: `added`. (Memory that one kind of call writes and another reads must be
+an input.) A product of two activities is no layer (attention scores), nor is a penalty of weights: an output that is a
+number. A weight that an activity scales is an activity.
 
 Blocks. A block is a layer with all that follows it up to the next layers, on every path: the error that enters at their
 inputs goes back through the block's own derivatives and becomes the layer's delta. In AlignAda it enters at the
@@ -62,7 +63,8 @@ and leave the initial statistics as they are.
 How it works. torch.compile's Dynamo writes a call down, and notices when anything that Python decided has changed; the
 rest of torch makes that one graph of operators; a rule is a small change to the graph, and runs as generated code under
 autograd. Each new graph is checked on the batch that caused it: as backprop it must give the network's output and
-gradients. What Dynamo cannot write down (control flow on values) is recorded anew at every call, with one warning.
+gradients. What Dynamo cannot write down (control flow on values) is recorded anew at every call, with one warning;
+its outputs are all tensors that are still held, wherever that may be, when it ends.
 Backward hooks of modules, and hooks for all modules of a process, are not called.
 
 A rule is right or raises, with the network's line of code and a remedy: TypeError for a learned tensor that meets
@@ -667,8 +669,9 @@ class DirectFeedbackAlignment(Rule):
         sent to the block's activity: B^T e         dW = delta a^T
 
     e lands on the activity at the end of each block and goes back to its parameters through the block's derivatives.
-    What lies between that end and the next layer (a normalisation behind the activation function) does not learn. What
-    no input has reached (positions, noise) is differentiated as it stands.
+    What lies between that end and the next layer (a normalisation behind the activation function) does not learn; what
+    learns in front of the first layer (an embedding) is a block. What no input has reached (positions, noise) is
+    differentiated as it stands.
 
     Args:
         feedback: one tensor per block, in the order of the forward pass: (outputs, *activity shape without batch), or
@@ -705,7 +708,7 @@ class DirectFeedbackAlignment(Rule):
         graph, now = draft.graph, {**draft.places}
         if len(graph.results) != 1:
             raise TypeError("DFA needs one output that learns; detach the others, and what the network keeps")
-        result, ends, inside = graph.results[0], [], set()  # inside: of a block that has not ended
+        result, ends, inside, begun = graph.results[0], [], set(), set()  # inside: of a block that has not ended
         examples = result.meta["val"].movedim(self.batch_dim or 0, 0).shape[:1] if result.meta["val"].dim() else ()
 
         def end(node: fx.Node) -> None:
@@ -744,10 +747,12 @@ class DirectFeedbackAlignment(Rule):
                 inside.add(node)
             else:
                 now[node] = draft.again(node, now)
-                learns = {part for part in graph.reached & parts if graph.kinds[part] == ACTIVITY}
-                joins = node in fed and learns - fed  # what no input has reached
-                if graph.kinds[node] == ACTIVITY and (inside & parts or joins):
+                learns = {part: graph.kinds[part] for part in (graph.reached & parts if node in fed else ())}
+                joins = ACTIVITY in map(learns.get, learns.keys() - fed)  # what no input has reached
+                embeds = WEIGHT in learns.values() and not begun & parts  # in front of the first layer
+                if graph.kinds[node] == ACTIVITY and (inside & parts or joins or embeds):
                     inside.add(node)
+            begun |= {node} if layer or begun & parts else set()
             activation = node.args[0] if _operator(node) == "getitem" else node
             if node in inside and _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
                 end(node)
