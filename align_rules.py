@@ -854,7 +854,7 @@ class _FromInitial(Rule):
         graph = draft.graph
         shared = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED}
         own = {place: draft.own(f"initial.{name}") for place, name in graph.names.items() if name in self.kept}
-        copies = {place: draft.call(torch.clone, own[place]) for place in graph.state if place in own}
+        copies = {place: draft.call(torch.clone, own[place]) for place in graph.renewed if place in own}
         return {**shared, **places, **own, **copies}
 
     def feedback_weights(self) -> dict[str, Tensor]:
@@ -1222,8 +1222,8 @@ class Graph:
 
     `places` are its inputs, `names` those of parameters and buffers among them, `parameters` the former alone;
     `sources` the parameters that a weight is made of; `reached` what is learned, and all that is made of it with a
-    gradient; `results` what it gives that learns, `state` what it writes back, by place, and `kept` the places in which
-    it puts others; `unclear` products of two learned factors that meet activities, neither of which is a weight.
+    gradient; `results` what it gives that learns; by place, `state` what it writes there, `kept` what it puts there
+    instead, and `renewed` either; `unclear` products that may be layers or not.
 
     Args:
         replaced: of tensors in whose place the network puts others, these, by positions (`_Held.replaced`).
@@ -1240,9 +1240,9 @@ class Graph:
         self.nodes = [node for node in nodes if node.op != "placeholder" and node not in writes]
         self.output = output.args[0]
         tensors = [*self.places, *self.output]
-        self.kept = {tensors[k] for k in replaced}
-        put = [(place, [node]) for place, node in self.state.items()]
-        put += [(tensors[k], [tensors[n] for n in others]) for k, others in replaced.items()]
+        self.kept = {tensors[k]: [tensors[n] for n in others] for k, others in replaced.items()}
+        self.renewed = {place: nodes[0] for place, nodes in self.kept.items() if nodes} | self.state
+        put = [*((place, [node]) for place, node in self.state.items()), *self.kept.items()]
         self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
         handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
         active, unfed = handed | self.reached | self.parameters.keys(), set()
@@ -1496,7 +1496,7 @@ class Draft:
 
     def put_back(self, values: dict, initial: Names = ()) -> None:
         """Write state where it came from."""
-        for place, node in self.graph.state.items():
+        for place, node in (self.graph.renewed if initial else self.graph.state).items():
             if not initial or (name := self.graph.names[place]) in initial:
                 self.call(put_back, self.own(f"initial.{name}") if initial else self.held[place], values[node])
 

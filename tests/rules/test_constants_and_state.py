@@ -275,6 +275,39 @@ def test_state_is_state_however_it_is_kept(ways, recorded):
         torch.testing.assert_close(other, found[0])
 
 
+class Normalises(nn.Module):
+    """Batch normalisation by hand."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.i, self.o, self.in_place = nn.Linear(4, 5), nn.Linear(5, 3), in_place
+        self.register_buffer("running_mean", torch.zeros(5))
+
+    def forward(self, x):
+        h = self.i(x)
+        mean = 0.9 * self.running_mean + 0.1 * h.detach().mean(0)
+        if self.training and self.in_place:
+            self.running_mean.copy_(mean)
+        elif self.training:
+            self.running_mean = mean
+        return self.o(torch.tanh(h - mean))
+
+
+@pytest.mark.parametrize("name", ["align_ada", "align_zero"])
+def test_the_initial_network_has_its_own_statistics_however_they_are_kept(name):
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        rule = align_rules.RULES[name](Normalises(in_place))
+        for _ in range(3):
+            rule(5 + torch.randn(6, 4)).sum().backward()
+            with torch.no_grad():
+                rule.network.i.weight += 0.1
+        found.append([p.grad for p in rule.network.parameters()] + [rule.initial.named()["running_mean"]])
+    assert found[0][-1].all()
+    torch.testing.assert_close(*found)
+
+
 class Cell(nn.Module):
     """Gates whose names are i, f, g, o; and a rank-one part of a weight (Mastrogiuseppe & Ostojic, 2018)."""
 
