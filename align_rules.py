@@ -2246,14 +2246,12 @@ class _Record(TorchDispatchMode):
             torch.utils.swap_tensors(tensor, output.clone())
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        return self.nodes[id(tensor)] if id(tensor) in self.nodes else self.arrived(tensor, tensor)
-
-    def arrived(self, value: Tensor, argument: Tensor) -> fx.Node:
-        """An input of the call, or a tensor from outside."""
-        self.arguments.append(argument)
+        if id(tensor) in self.nodes:
+            return self.nodes[id(tensor)]
+        self.arguments.append(tensor)  # it comes from outside
         place = self.graph.placeholder(f"input_{len(self.arguments)}")
-        place.meta[GIVEN] = id(argument) in self.given
-        return self.noted(value, place)
+        place.meta[GIVEN] = id(tensor) in self.given
+        return self.noted(tensor, place)
 
     def noted(self, value: Any, node: fx.Node) -> fx.Node:
         node.meta["val"] = self.values[node] = value  # which lives as long as this, and keeps its id
