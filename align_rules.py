@@ -98,6 +98,7 @@ import torch._dynamo
 import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -686,7 +687,7 @@ class DirectFeedbackAlignment(Rule):
         TypeError: at a call, complex activities, or outputs other than one tensor.
         ValueError: at a call, `feedback` does not fit the network's blocks, the network ends in an activation, an
             activity's first dimension is not the batch, or `batch_dim` is needed (as many time steps as examples).
-        RuntimeError: at backward(), an input is to have a gradient: none goes there.
+        RuntimeError: at backward(), an input is to have a gradient: none goes there, nor to what an input is made by.
     """
 
     back, entry = "nothing; B^T e enters at the end of every block", "-"
@@ -782,8 +783,7 @@ class DirectFeedbackAlignment(Rule):
         asked = [t for t in inputs if t.requires_grad]
 
         def send(e: Tensor) -> list[Tensor | None]:
-            learned = {t for t in asked if t.is_leaf} | _variables(_nodes_behind(asked))
-            if not learned <= {*self.network.parameters()}:  # as what lies behind a state is
+            if any(t.is_leaf for t in asked):
                 raise RuntimeError("inputs get no error in direct feedback, and one has requires_grad; hand over data")
             e = e.movedim(self.batch_dim or 0, 0).reshape(examples, entries)
             return [*(_projected(e, *place) for place in places), *[None] * len(asked)]
@@ -1299,6 +1299,7 @@ class Graph:
             activated |= parts if _operator(node) in ACTIVATIONS or node in activated else set()
         known = {name for layer in self.layers.values() for name in layer.names}
         elsewhere = {(frozenset(k.names), k.weight.meta["val"].numel()) for k in self.layers.values()}
+        whole = {of for of, _ in elsewhere}
         self.unclear = set()
         for node, read, weight in others:
             of_read, of_weight = self.sources.get(read, frozenset()), self.sources[weight]
@@ -1311,7 +1312,10 @@ class Graph:
                 (of_weight, weight.meta["val"].numel()) in elsewhere and not of_read & of_weight
             ):
                 return node, read
-            elif of_read and not (of_read | of_weight) & known:
+            # Penalties of weights stay as they stand, and what is made of what makes weights, as their biases are.
+            elif of_read and not (
+                of_read | of_weight <= known or any(of & known for of in {of_read, of_weight} - whole)
+            ):
                 self.unclear.add(node)
         return None
 
@@ -1837,7 +1841,8 @@ class _Functional(contextlib.AbstractContextManager):
         return self
 
     def inside(self, value: Any) -> Any:
-        if id(value) in self.insides or not isinstance(value, Tensor) or _is_inside(value):
+        plain = isinstance(value, Tensor) and not (_is_inside(value) or is_functorch_wrapped_tensor(value))
+        if id(value) in self.insides or not plain:
             return self.insides.get(id(value), value)
         self.insides[id(value)] = inside = torch._to_functional_tensor(value)
         torch._mirror_autograd_meta_to(value, inside)
@@ -2177,9 +2182,12 @@ class _AtUse(_Spelling):
 
     def __init__(self, functional: _Functional):
         super().__init__()
-        self.functional, self.made = functional, {}
+        self.functional, self.made, self.retained = functional, {}, set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.retain_grad:
+            return self.retained.add(id(args[0]))
+        map_aggregate((args, kwargs or {}), self.note)  # some come by other ways than by a function of torch
         args, kwargs = map_aggregate((args, kwargs or {}), self.functional.inside)
         result = super().__torch_function__(function, types, args, kwargs)
         if (outside := self.functional.outsides.get(id(result))) is not None:  # it was written into
@@ -2205,20 +2213,19 @@ class _Record(TorchDispatchMode):
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments, self.kept = fx.Graph(), {}, {}, [], []
         self.given = {id(t) for t in _Held(inputs, keywords).tensors}
-        saved: list[Tensor] = []  # by autograd, which would hold them
-        collects, position = gc.isenabled(), lambda tensor: saved.append(tensor) or len(saved) - 1
+        collects, functions = gc.isenabled(), False
         gc.disable()  # what the call leaves in cycles stays young, and is found
         try:
             with self, _Functional() as functional, _AtUse(functional) as at_use:
-                with torch.autograd.graph.saved_tensors_hooks(position, saved.__getitem__):
-                    self.output = network(*inputs, **keywords)
-                behind = _nodes_behind(at_use.made.values())
+                self.output = network(*inputs, **keywords)
+                map_aggregate(pytree.tree_leaves(self.output), at_use.note)
+                functions = any(map(_is_function, _nodes_behind(at_use.made.values())))
         finally:
             if collects:
                 gc.enable()
-            saved.clear()
+            self.retained = at_use.retained
             self.keep(at_use.made)
-        if any(isinstance(node, BackwardCFunction) for node in behind):
+        if functions:
             raise TypeError(
                 f"the network has a torch.autograd.Function, whose backward pass is lost in recording. {REMEDY}"
             )
@@ -2228,22 +2235,37 @@ class _Record(TorchDispatchMode):
     def keep(self, made: dict) -> None:
         """Of tensors of functionalisation find those that are held; from here on they are plain ones."""
         gc.collect(0)
-        made[None], unheld = torch.empty(0), None
-        while made:  # from the last to the first, since views hold their bases
-            _, tensor = made.popitem()
-            holders = sys.getrefcount(tensor)
-            unheld = unheld or holders
-            if holders > unheld:
-                with self:
-                    value = _outside(tensor)
-                    self.node_of(value)
-                self.kept.insert(0, (tensor, value))
-                torch.utils.swap_tensors(tensor, value.detach())
+        waiting, made[None] = [*made.values(), torch.empty(0)], None
+        made.clear()
+        unheld, count = None, 0
+        while len(waiting) != count:
+            # From the last to the first: views hold their bases, and autograd what it has saved.
+            later, count = [], len(waiting)
+            while waiting:
+                tensor = waiting.pop()
+                holders = sys.getrefcount(tensor)
+                unheld = unheld or holders
+                if holders > unheld and tensor._use_count() > 1:
+                    later.append(tensor)
+                elif holders > unheld:
+                    with self:
+                        value = _outside(tensor)
+                        self.node_of(value)
+                    self.kept.append((tensor, value))
+                    torch._C._swap_tensor_impl(tensor, value.detach())
+            waiting = later[::-1]
 
     def fill(self, outputs: Iterable[Tensor]) -> None:
-        """What is held becomes these tensors."""
+        """What is held becomes these tensors; without a gradient, views of what they are views of."""
         for (tensor, _), output in zip(self.kept, outputs, strict=True):
-            torch.utils.swap_tensors(tensor, output.clone())
+            torch._C._swap_tensor_impl(tensor, output.clone() if output.requires_grad else output.detach())
+            if id(tensor) in self.retained and output.requires_grad:
+
+                def retain(gradient: Tensor, held: Callable = weakref.ref(tensor)) -> None:
+                    if (tensor := held()) is not None:
+                        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+
+                output.register_hook(retain)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
@@ -2261,7 +2283,10 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         written = operation is aten.copy_.default and self.node_of(args[0]).op == "placeholder"  # by the rule's code
-        result = args[0] if written else operation(*args, **(kwargs or {}))
+        if written and any(_overlap(args[0], t) for t in self.arguments if t is not args[0]):
+            raise TypeError("the network writes into memory that several of its tensors share; let it use one of them")
+        with torch._C.DisableTorchFunction():  # scripted code would come to the mode around this one again
+            result = args[0] if written else operation(*args, **(kwargs or {}))
         args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
         node = self.noted(result, self.graph.call_function(operation, args, kwargs))
         frame = sys._getframe(_depth() - 1)
@@ -2269,6 +2294,21 @@ class _Record(TorchDispatchMode):
         for k, part in enumerate(result if isinstance(result, tuple | list) else ()):
             self.noted(part, self.graph.call_function(operator.getitem, (node, k)))
         return result
+
+
+def _overlap(*tensors: Tensor) -> bool:
+    """Whether two tensors share memory, or lie within each other's."""
+    if not torch._C._overlaps(*tensors):  # of one storage
+        return False
+    firsts = [t.data_ptr() for t in tensors]
+    spans = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    lasts = [first + span * t.element_size() for first, span, t in zip(firsts, spans, tensors, strict=True)]
+    return max(firsts) <= min(lasts)
+
+
+def _is_function(node: Any) -> bool:
+    """Of autograd's nodes, whether it is a torch.autograd.Function's, and not that of a torch.library operator."""
+    return isinstance(node, BackwardCFunction) and not node.name().startswith("GeneratedBackwardFor_")
 
 
 def _record(rule: Rule, inputs: tuple, keywords: dict) -> Any:
@@ -2293,9 +2333,10 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any
 
     with _autocast_off(record.arguments):
         record.fill(rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed)))
-    for node, kind in graph.kinds.items():
-        value = record.values[node] if kind == ACTIVITY and node.op != "placeholder" else None
-        if isinstance(value, Tensor) and value._use_count() > 1 and not torch._C._len_torch_dispatch_stack():
+    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
+    for node, value in record.values.items():
+        free = watched or node.op == "placeholder" or graph.kinds.get(node) == FIXED
+        if isinstance(value, Tensor) and value._use_count() > 1 and not free:
             raise TypeError(f"what {_operator(node)} computes at {_line(node)} is kept where a rule does not find it")
     _now.read = graph, None
     for node, value in record.values.items():  # nodes refer to each other, and would keep values until Python tidies up
@@ -2382,7 +2423,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
-CONTAINERS = (dict, list, set, collections.deque, tuple)
+CONTAINERS = (collections.OrderedDict, dict, list, set, collections.deque, tuple)
 PLAIN = {int, float, bool, str, type(None)}  # which hold nothing else
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", __name__} - {"__main__"}  # whose objects and code hold no state
 
@@ -2427,10 +2468,10 @@ class _Held:
     def restore(self) -> None:
         for place, content in self.contents:
             if [(key, id(value)) for key, value in content] != [(key, id(value)) for key, value in _items(place)]:
-                kind = next(kind for kind in CONTAINERS if isinstance(place, kind))
+                kind = _container(place)
                 kind.clear(place)
-                if kind is dict:
-                    dict.update(place, content)
+                if issubclass(kind, dict):
+                    kind.update(place, content)
                 else:
                     (set.update if kind is set else kind.extend)(place, (value for _, value in content))
 
@@ -2480,8 +2521,12 @@ def _is_foreign(code: Any) -> bool:
     return (code.__module__ or "").partition(".")[0] in FOREIGN
 
 
+def _container(place: Any) -> type:
+    return next(kind for kind in CONTAINERS if isinstance(place, kind))
+
+
 def _items(place: Any) -> list[tuple[Any, Any]]:
-    return list(dict.items(place) if isinstance(place, dict) else enumerate(place))
+    return list(_container(place).items(place) if isinstance(place, dict) else enumerate(place))
 
 
 def _referred(function: Any) -> list:

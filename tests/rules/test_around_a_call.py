@@ -2,6 +2,10 @@
 
 import collections
 import contextlib
+import copy
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -68,6 +72,117 @@ def test_a_recorded_call_leaves_what_a_network_keeps_wherever_it_is():
         (gradient,) = torch.autograd.grad(slot.h.sum(), network[0].bias)
         assert torch.equal(gradient, torch.full((7,), 5.0))
         output.sum().backward()
+
+
+def settles(network, h):
+    """By steps down an energy, as predictive coding does."""
+    for _ in range(3):
+        z = h.detach().requires_grad_()
+        h = h - 0.1 * torch.autograd.grad(z.cos().sum(), z)[0]
+    return h
+
+
+def vectorised(network, h):
+    return torch.vmap(lambda row: row * network.scale)(h) + torch.func.jacrev(torch.sin)(h[0].detach()).sum(0)
+
+
+def weakly(network, h):
+    network.seen = weakref.ref(h)
+    return h
+
+
+def hooks_come(network, h):
+    if not network.hooked:
+        network.hooked = True
+        network.layer.register_forward_hook(lambda module, inputs, output: None)
+    return h
+
+
+def of_a_library(network, h):
+    return doubled(h)
+
+
+def parameter(network, h):
+    network.kept = [nn.Parameter(h.detach().mean(0), requires_grad=False)]
+    return h + network.kept[0]
+
+
+def view_of_a_weight(network, h):
+    network.kept = network.kept or [network.layer.weight.detach()]
+    return h / network.kept[0].norm()
+
+
+@torch.library.custom_op("test_around_a_call::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Uses(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.readout, self.use, self.hooked, self.kept = nn.Linear(6, 7), nn.Linear(7, 3), use, False, None
+        self.scale = 3.0
+
+    def forward(self, x):
+        h = self.use(self, torch.tanh(self.layer(x)))
+        return self.readout(h if h.sum() < 1e9 else h + 1)
+
+
+@pytest.mark.parametrize("use", [settles, vectorised, weakly, hooks_come, of_a_library, parameter, view_of_a_weight])
+def test_what_a_recorded_network_does(use):
+    network, inputs = Uses(use), torch.randn(5, 6)
+    plain = copy.deepcopy(network)
+    rule = align_rules.AlignAda(network)
+    for _ in range(3):
+        outputs = [call(inputs) for call in (rule, plain)]
+        torch.testing.assert_close(*outputs)
+        with torch.no_grad():
+            network.layer.weight *= 1.1
+            plain.layer.weight *= 1.1
+    align_rules.verify(align_rules.AlignAda(network), loss, inputs, double=True)
+    assert gc.isenabled()
+
+
+def test_scripted_code_in_a_recorded_network():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        by_script = torch.jit.script(softsign)
+    with pytest.raises(TypeError, match="writes Uses down wrongly"):  # it cuts its inputs from the graph
+        align_rules.AlignAda(Uses(lambda network, h: by_script(h)))(torch.randn(5, 6))
+
+
+def softsign(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + x.abs())
+
+
+def test_gradients_that_a_recorded_network_retains():
+    network = Uses(lambda network, h: h)
+
+    def keep(module, inputs, output):
+        network.kept = output
+        output.retain_grad()
+
+    network.layer.register_forward_hook(keep)
+    align_rules.FeedbackAlignment(network)(torch.randn(5, 6)).sum().backward()
+    torch.testing.assert_close(network.kept.grad.sum(0), network.layer.bias.grad)
+
+
+def test_memory_that_tensors_share_is_not_written_into_when_recorded():
+    class Shares(Uses):
+        def forward(self, x):
+            self.slots[0].add_(1)
+            return super().forward(x) + self.whole.sum()
+
+    network = Shares(lambda network, h: h)
+    network.whole = torch.zeros(2, 3)
+    network.slots = network.whole.unbind()
+    with pytest.raises(TypeError, match="memory that several of its tensors share"):
+        align_rules.AlignAda(network)(torch.randn(5, 6))
+    assert not network.whole.any()
 
 
 @pytest.mark.parametrize("name", ["align_zero", "last_layer", "fa"])
