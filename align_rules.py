@@ -106,6 +106,7 @@ from torch.fx.node import has_side_effect, map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -1244,7 +1245,7 @@ class Graph:
         self.renewed = {place: nodes[0] for place, nodes in self.kept.items() if nodes} | self.state
         put = [*((place, [node]) for place, node in self.state.items()), *self.kept.items()]
         self.reached = {place for place, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
-        handed = {place for place, t in given.items() if isinstance(t, Tensor) and place.meta[GIVEN]}
+        handed = {p for p, t in given.items() if isinstance(t, Tensor) and (p.meta[GIVEN] or t in _LEFT)}
         active, unfed = handed | self.reached | self.parameters.keys(), set()
         sources = {place: frozenset() for place, name in self.names.items() if name in known.statistics}
         sources |= {place: frozenset([name]) for place, name in self.parameters.items() if name not in activities}
@@ -1298,7 +1299,7 @@ class Graph:
             meeting |= {node, *parts} if self.kinds[node] == ACTIVITY or node in meeting else set()
             activated |= parts if _operator(node) in ACTIVATIONS or node in activated else set()
         known = {name for layer in self.layers.values() for name in layer.names}
-        elsewhere = {(frozenset(k.names), k.weight.meta["val"].numel()) for k in self.layers.values()}
+        elsewhere = {(frozenset(k.names), str(k.weight.meta["val"].numel())) for k in self.layers.values()}
         whole = {of for of, _ in elsewhere}
         self.unclear = set()
         for node, read, weight in others:
@@ -1309,7 +1310,7 @@ class Graph:
                 self.unclear |= {node} if self.kinds[read] == FIXED and node in activated else set()
             # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
             elif self.kinds[read] == FIXED or (
-                (of_weight, weight.meta["val"].numel()) in elsewhere and not of_read & of_weight
+                (of_weight, str(weight.meta["val"].numel())) in elsewhere and not of_read & of_weight
             ):
                 return node, read
             # Penalties of weights stay as they stand, and what is made of what makes weights, as their biases are.
@@ -1480,10 +1481,14 @@ class Draft:
             at_layer: computes a layer's output in its own way, from the layer and the values.
             initial: of an initial network, the names of what it has of its own: no other state is written.
         """
-        values = {**given}
+        values, own = {**given}, {place for place, name in self.graph.names.items() if name in initial}
         for node in self.graph.nodes:
-            if initial and self.graph.kinds[node] == ACTIVITY:
-                _require_repeatable(node)
+            own |= {node} if own & {*node.all_input_nodes} else set()  # other values than in the current network
+            if own & {*_selecting(node)} and self.graph.kinds[node] == ACTIVITY:
+                raise TypeError(
+                    f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial "
+                    "network others; use torch.where, or a mask that multiplies"
+                )
             if node in values:
                 continue
             if at_layer and node in self.graph.layers:
@@ -1534,16 +1539,13 @@ def _with_draws_again(function: Callable) -> Callable:
     return from_states
 
 
-def _require_repeatable(node: fx.Node) -> None:
-    """Raise TypeError for an activity of which an initial network would compute another kind of thing."""
-    by_value = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-    if node.target is aten.index.Tensor:  # by places, but for masks
-        by_value = any(part is not None and part.meta["val"].dtype == torch.bool for part in node.args[1])
-    if by_value:
-        raise TypeError(
-            f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial network "
-            "others; use torch.where, or a mask that multiplies"
-        )
+def _selecting(node: fx.Node) -> list[fx.Node]:
+    """The values by which it selects entries: masks, of index; not places."""
+    if node.target is aten.index.Tensor:
+        return [part for part in node.args[1] if part is not None and part.meta["val"].dtype == torch.bool]
+    if node.target is aten.masked_select.default:
+        return [node.args[1]]
+    return node.all_input_nodes if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) else []
 
 
 # -------------------------------------------------------------------------------------------------- the graph: capture
@@ -1649,8 +1651,8 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn
             told = _prove(rule.network, inputs, keywords, as_backprop, arguments)
         except TypeError as error:
             raise _Refused(error) from error
-        capture.proofs += 1
-        capture.proved[hooks] = math.inf if told or capture.proofs == PROOFS else 1
+        capture.proofs[hooks] += 1
+        capture.proved[hooks] = math.inf if told or capture.proofs[hooks] >= PROOFS else 1
     raise _Refused("it depends on what is another at every call (a number or list of Python, a size; make it a tensor)")
 
 
@@ -1718,12 +1720,13 @@ def _call_network(network, inputs, keywords, attributes):
 
 class _Capture:
     """What Dynamo calls in a network's place, with the tensors of the call: the graph of torch calls that it wrote
-    down, made one of operators; `programs`, what rules have made of that; `proved`, for how many calls, by hooks; when
-    proof is taken, `outputs`, and by what of these tensors are `replaced`."""
+    down, made one of operators; `programs`, what rules have made of that; `proved`, for how many calls, by how many
+    `proofs`, for each kind of hooks; when proof is taken, `outputs`, and by what of these tensors are `replaced`."""
 
     def __init__(self, torch_graph: fx.GraphModule):
         self.root = _functional(torch_graph)  # now, so that Dynamo guards what it takes for granted of sizes
-        self.programs, self.proved, self.proofs, self.replaced, self.outputs = {}, collections.Counter(), 0, {}, ()
+        self.programs, self.replaced, self.outputs = {}, {}, ()
+        self.proved, self.proofs = collections.Counter(), collections.Counter()
 
     def __call__(self, *arguments):
         rule, hooks = _now.rule, _now.hooks
@@ -2177,16 +2180,19 @@ def _depth() -> int:
 # ------------------------------------------------------------------------------------------------ the graph: recording
 
 
+_LEFT = WeakIdKeyDictionary()  # activities that recorded calls have left: state, wherever it is held
+
+
 class _AtUse(_Spelling):
     """Tensors from outside go into functionalisation where torch uses them; `made` are those that come out of it."""
 
     def __init__(self, functional: _Functional):
         super().__init__()
-        self.functional, self.made, self.retained = functional, {}, set()
+        self.functional, self.made = functional, {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.retain_grad:
-            return self.retained.add(id(args[0]))
+            raise TypeError("what a rule sends back is no gradient that retain_grad could keep; leave it out")
         map_aggregate((args, kwargs or {}), self.note)  # some come by other ways than by a function of torch
         args, kwargs = map_aggregate((args, kwargs or {}), self.functional.inside)
         result = super().__torch_function__(function, types, args, kwargs)
@@ -2223,7 +2229,6 @@ class _Record(TorchDispatchMode):
         finally:
             if collects:
                 gc.enable()
-            self.retained = at_use.retained
             self.keep(at_use.made)
         if functions:
             raise TypeError(
@@ -2259,13 +2264,6 @@ class _Record(TorchDispatchMode):
         """What is held becomes these tensors; without a gradient, views of what they are views of."""
         for (tensor, _), output in zip(self.kept, outputs, strict=True):
             torch._C._swap_tensor_impl(tensor, output.clone() if output.requires_grad else output.detach())
-            if id(tensor) in self.retained and output.requires_grad:
-
-                def retain(gradient: Tensor, held: Callable = weakref.ref(tensor)) -> None:
-                    if (tensor := held()) is not None:
-                        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
-
-                output.register_hook(retain)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
@@ -2286,7 +2284,8 @@ class _Record(TorchDispatchMode):
         if written and any(_overlap(args[0], t) for t in self.arguments if t is not args[0]):
             raise TypeError("the network writes into memory that several of its tensors share; let it use one of them")
         with torch._C.DisableTorchFunction():  # scripted code would come to the mode around this one again
-            result = args[0] if written else operation(*args, **(kwargs or {}))
+            run = bernoulli if operation is aten.bernoulli.p else operation
+            result = args[0] if written else run(*args, **(kwargs or {}))
         args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
         node = self.noted(result, self.graph.call_function(operation, args, kwargs))
         frame = sys._getframe(_depth() - 1)
@@ -2333,6 +2332,7 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any
 
     with _autocast_off(record.arguments):
         record.fill(rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed)))
+    _LEFT.update((t, None) for t, value in record.kept if graph.kinds.get(record.nodes[id(value)]) == ACTIVITY)
     watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
     for node, value in record.values.items():
         free = watched or node.op == "placeholder" or graph.kinds.get(node) == FIXED
