@@ -2334,8 +2334,9 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any
         record.fill(rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed)))
     _LEFT.update((t, None) for t, value in record.kept if graph.kinds.get(record.nodes[id(value)]) == ACTIVITY)
     watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
+    outside = {id(t) for t in record.arguments}
     for node, value in record.values.items():
-        free = watched or node.op == "placeholder" or graph.kinds.get(node) == FIXED
+        free = watched or id(value) in outside or graph.kinds.get(node) == FIXED
         if isinstance(value, Tensor) and value._use_count() > 1 and not free:
             raise TypeError(f"what {_operator(node)} computes at {_line(node)} is kept where a rule does not find it")
     _now.read = graph, None
