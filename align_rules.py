@@ -853,7 +853,8 @@ class _FromInitial(Rule):
     def initially(self, draft: "Draft", now: dict, places: Mapping) -> dict:
         """The initial network's values before it runs: what both share, these inputs, its parameters and statistics."""
         graph = draft.graph
-        shared = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED}
+        numbers = {node for node in graph.nodes if node.target is aten._local_scalar_dense.default}  # have left torch
+        shared = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED or node in numbers}
         own = {place: draft.own(f"initial.{name}") for place, name in graph.names.items() if name in self.kept}
         copies = {place: draft.call(torch.clone, own[place]) for place in graph.renewed if place in own}
         return {**shared, **places, **own, **copies}
@@ -1093,8 +1094,12 @@ def _compared(
                 parameter.data = _not_zero(parameter.data)
             output = call()
             if not found:
-                leaves = _variables(_nodes_behind(_tensors(output), watched))
-                watched = [*watched, *(leaf for leaf in leaves if not any(leaf is t for t in watched))]
+                # Not those that the call has made, which nobody holds but autograd, as nobody does this one.
+                alone = torch.ones(1, requires_grad=True) * 1
+                leaves = [*_variables(_nodes_behind([alone])), *_variables(_nodes_behind(_tensors(output), watched))]
+                unheld, *holders = map(sys.getrefcount, leaves)
+                outside = (t for t, n in zip(leaves[1:], holders, strict=True) if n > unheld)
+                watched = [*watched, *(t for t in outside if not any(t is other for other in watched))]
             kept = [t.detach().clone() for t in _Held(network, values).buffers()]
             gradients = _gradients(loss_function(output), watched)
             found.append(([f.detach().clone() for f in _tensors(output)], gradients, kept))
@@ -2180,6 +2185,7 @@ def _depth() -> int:
 # ------------------------------------------------------------------------------------------------ the graph: recording
 
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _LEFT = WeakIdKeyDictionary()  # activities that recorded calls have left: state, wherever it is held
 
 
@@ -2253,7 +2259,7 @@ class _Record(TorchDispatchMode):
                 if holders > unheld and tensor._use_count() > 1:
                     later.append(tensor)
                 elif holders > unheld:
-                    with self:
+                    with self, torch._C._ExcludeDispatchKeyGuard(_VIEWS):  # its base would be held by it
                         value = _outside(tensor)
                         self.node_of(value)
                     self.kept.append((tensor, value))

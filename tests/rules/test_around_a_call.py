@@ -107,6 +107,20 @@ def parameter(network, h):
     return h + network.kept[0]
 
 
+def step_by_step(network, h):
+    steps = h.new_zeros(len(h), 3, 7)
+    for t in range(3):
+        steps[:, t] = h * (t + 1)
+    network.kept = [steps[:, 0]]
+    return steps[:, -1]
+
+
+def a_leaf_of_its_own(network, h):
+    noise = torch.full((7,), 0.1, dtype=h.dtype)
+    noise.requires_grad = True
+    return h + noise
+
+
 def view_of_a_weight(network, h):
     network.kept = network.kept or [network.layer.weight.detach()]
     return h / network.kept[0].norm()
@@ -132,7 +146,20 @@ class Uses(nn.Module):
         return self.readout(h if h.sum() < 1e9 else h + 1)
 
 
-@pytest.mark.parametrize("use", [settles, vectorised, weakly, hooks_come, of_a_library, parameter, view_of_a_weight])
+@pytest.mark.parametrize(
+    "use",
+    [
+        settles,
+        vectorised,
+        weakly,
+        hooks_come,
+        of_a_library,
+        parameter,
+        view_of_a_weight,
+        step_by_step,
+        a_leaf_of_its_own,
+    ],
+)
 def test_what_a_recorded_network_does(use):
     network, inputs = Uses(use), torch.randn(5, 6)
     plain = copy.deepcopy(network)

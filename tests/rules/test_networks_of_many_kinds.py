@@ -224,6 +224,9 @@ NETWORKS = {
         lambda s, x: s.o(s.d(s.t(s.e(x)), s.e(x)).mean(1)), e=nn.Linear(SIZE, 8), o=nn.Linear(8, CLASSES),
         t=nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True),
         d=nn.TransformerDecoderLayer(8, 2, 16, dropout=0.2, batch_first=True)), sequences),
+    "translation": (lambda: Function(
+        lambda s, x: s.o(s.t(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(5)).mean(1)),
+        t=nn.Transformer(SIZE, 2, 1, 1, 8, dropout=0.2, batch_first=True), o=nn.Linear(SIZE, CLASSES)), sequences),
     "convolutions": (lambda: head(
         nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.BatchNorm2d(4), nn.ELU(inplace=True),
         nn.Conv2d(4, 4, 3, groups=2),
@@ -277,7 +280,7 @@ NETWORKS = {
         parametrised(lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"), SIZE, SIZE), nn.Tanh(),
         nn.Linear(SIZE, CLASSES)), vectors),
 }  # fmt: skip
-RECORDED = ("settles", "layer drop", "keeps", "own draws", "packed")
+RECORDED = ("settles", "layer drop", "keeps", "own draws", "packed", "translation")
 KIN = ("fa", "align_prop", "kolen_pollack", "align_ada", "align_zero")
 
 

@@ -422,3 +422,43 @@ def test_a_batch_of_zeros_proves_nothing():
 def test_the_last_layer_is_a_module_whatever_its_weight_is_made_of():
     network = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(7, 3)))
     assert {name.partition(".")[0] for name in align_rules.LastLayer(network).learns} == {"2"}
+
+
+def mean_square(output):
+    return output.square().mean()
+
+
+class SelectsByInputs(nn.Module):
+    """Entries that the inputs select, which are the same in an initial network."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))[x[:, 0] > 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*recorded anew")
+@pytest.mark.parametrize("name", ["align_ada", "align_zero"])
+def test_entries_that_inputs_select(name):
+    align_rules.verify(align_rules.RULES[name](SelectsByInputs()), mean_square, torch.randn(9, 6), double=True)
+
+
+class Pools(nn.Module):
+    """By the attention of a learned query."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.q, self.o, self.query = (*(nn.Linear(6, 6) for _ in "kqo"), nn.Parameter(torch.randn(1, 2, 6)))
+
+    def forward(self, x):
+        query = self.q(self.query.expand(len(x), -1, -1))
+        return self.o((query @ self.k(x).mT).softmax(-1) @ x)
+
+
+def test_a_learned_query_in_batches_of_several_sizes():
+    rule = align_rules.AlignAda(Pools(), added=("query",))
+    for size in (5, 4, 3):
+        align_rules.verify(rule, mean_square, torch.randn(size, 7, 6), double=True)
+    assert not rule.recorded
