@@ -410,7 +410,7 @@ class FeedbackAlignment(Rule):
             no feedback (a vector, for one).
     """
 
-    back = "B"
+    back, remedy = "B", "feedback for it"
 
     def __init__(
         self, network: nn.Module, feedback: Named | None = None, generator: torch.Generator | None = None,
@@ -436,7 +436,7 @@ class FeedbackAlignment(Rule):
         layers = [layer for layer in graph.layers.values() if graph.kinds[layer.activity] != FIXED]
         alone = [layer.names for layer in layers if set(layer.names).isdisjoint(self.names)]
         if missing := [*alone, *graph.added_to_weights(layers, self.names)]:
-            raise ValueError(f"the weight {missing[0]} has no feedback; give it two dimensions, or feedback for it")
+            raise ValueError(f"the weight {missing[0]} has no feedback; give it two dimensions, or {self.remedy}")
         now, B = {**draft.places}, {}  # B: what stands in for parameters, and what the network makes of that
         for place, name in graph.names.items():
             if graph.kinds[place] == WEIGHT:
@@ -467,13 +467,20 @@ class AlignProp(FeedbackAlignment):
 
         sent to the layer's input: W0^T delta       dW = delta a^T
 
-    `added` and errors as for FeedbackAlignment. At the initial weights it is backprop.
+    Args:
+        added: as for FeedbackAlignment.
+        vectors: names of vectors that are weights, or are added to weights, whose initial values are kept as well.
+
+    Errors as for FeedbackAlignment. At the initial weights it is backprop.
     """
 
-    back = "W0"
+    back, remedy = "W0", "name it: vectors=(...)"
 
-    def __init__(self, network: nn.Module, added: Names = ()):
+    def __init__(self, network: nn.Module, added: Names = (), vectors: Names = ()):
         super().__init__(network, added=added)
+        for name in _parameters_within(network, vectors):
+            self.feedback.add(str(len(self.names)), self.known.parameters[name].detach().clone())
+            self.names += (name,)
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
         return parameter.clone()
@@ -1203,6 +1210,11 @@ MEETING = REARRANGING | _named_operators(
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
     "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex"
 )
+# Where the terms of a sum stand among an operator's arguments.
+ADDING = {
+    **dict.fromkeys(("add", "sub"), (0, 1)), **dict.fromkeys(("cat", "stack", "addmm", "baddbmm", "addmv"), (0,)),
+    "convolution": (2,), "native_layer_norm": (3,), "native_group_norm": (2,),
+}  # fmt: skip
 # What is made of the shape of its argument alone.
 SHAPED = _named_operators("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
 # Buffers of which the initial network has its own, beside the vectors of spectral norm.
@@ -1349,10 +1361,11 @@ class Graph:
         for node in reversed(self.nodes):
             if node in weighing:
                 weighing |= {*node.all_input_nodes}
-                made_of = [of for part in node.all_input_nodes if (of := self.sources.get(part))]
-                bare = [tuple(of) for of in made_of if of.isdisjoint(names)]
-                if len(bare) < len(made_of) and _operator(node) in ("add", "sub", "cat", "stack"):
-                    found += bare
+                places = ADDING.get(_operator(node), ())
+                terms = pytree.tree_leaves([node.args[k] for k in places if k < len(node.args)])
+                bare = [tuple(of) for part in terms if (of := self.sources.get(part)) and of.isdisjoint(names)]
+                beside = any(self.sources.get(part, set()) & {*names} for part in node.all_input_nodes)
+                found += bare if beside else []
         return found
 
     def require_layers(self) -> None:

@@ -336,6 +336,26 @@ def test_every_matrix_has_feedback():
     rule(torch.randn(6, 4))
     with pytest.raises(ValueError, match=r"the weight \('.', '.'\) has no feedback; give it two dimensions"):
         align_rules.AlignProp(Cell(vectors=True))(torch.randn(6, 4))
+    rule = align_rules.AlignProp(Cell(vectors=True), vectors=("m", "n"))
+    align_rules.verify(rule, lambda output: output.sin().sum(), torch.randn(6, 4))
+    assert {"m", "n"} <= rule.feedback_weights().keys()
+
+
+class Relative(nn.Module):
+    """Keys that a layer makes of a learned table, as in attention to relative positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.table, self.keys = nn.Linear(4, 5), nn.Embedding(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.a(x)) @ self.keys(self.table.weight).T
+
+
+def test_a_bias_in_a_weight_has_no_feedback():
+    for kind in (align_rules.FeedbackAlignment, align_rules.AlignProp):
+        with pytest.raises(ValueError, match=r"the weight \('keys.bias',\) has no feedback"):
+            kind(Relative())(torch.randn(6, 4))
 
 
 class Fixates(nn.Module):
