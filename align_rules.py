@@ -402,6 +402,8 @@ class FeedbackAlignment(Rule):
         generator: for that draw.
         added: names of parameters that are activities: learned initial states of recurrent networks, learned queries.
             (What is only added to activities, as position embeddings are, needs no name.)
+        vectors: names of parameters, or of modules, of fewer dimensions that feedback is drawn for as well: those that
+            are weights, or are added to weights, as by an nn.Linear that makes a weight; "" is the whole network.
 
     With B = W it is backprop. By hand: tests/rules/test_updates_by_hand.py.
 
@@ -410,15 +412,16 @@ class FeedbackAlignment(Rule):
             no feedback (a vector, for one).
     """
 
-    back, remedy = "B", "feedback for it"
+    back = "B"
 
     def __init__(
         self, network: nn.Module, feedback: Named | None = None, generator: torch.Generator | None = None,
-        added: Names = (),
+        added: Names = (), vectors: Names = (),
     ):  # fmt: skip
         super().__init__(network, added)
         given, parameters = feedback or {}, self.known.parameters
-        self.names = _stood_in_for(network, self.activities, given)
+        names = [*_stood_in_for(network, self.activities, given), *_parameters_within(network, vectors)]
+        self.names = tuple(name for name in dict.fromkeys(names) if name not in self.activities)
         self.feedback = _Tensors(
             (str(k), _like(parameters[n], given[n]) if n in given else self.drawn(parameters[n].detach(), generator))
             for k, n in enumerate(self.names)
@@ -436,7 +439,8 @@ class FeedbackAlignment(Rule):
         layers = [layer for layer in graph.layers.values() if graph.kinds[layer.activity] != FIXED]
         alone = [layer.names for layer in layers if set(layer.names).isdisjoint(self.names)]
         if missing := [*alone, *graph.added_to_weights(layers, self.names)]:
-            raise ValueError(f"the weight {missing[0]} has no feedback; give it two dimensions, or {self.remedy}")
+            told = "give it two dimensions, or name it: vectors=(...)"
+            raise ValueError(f"the weight {missing[0]} has no feedback; {told}")
         now, B = {**draft.places}, {}  # B: what stands in for parameters, and what the network makes of that
         for place, name in graph.names.items():
             if graph.kinds[place] == WEIGHT:
@@ -467,20 +471,13 @@ class AlignProp(FeedbackAlignment):
 
         sent to the layer's input: W0^T delta       dW = delta a^T
 
-    Args:
-        added: as for FeedbackAlignment.
-        vectors: names of vectors that are weights, or are added to weights, whose initial values are kept as well.
-
-    Errors as for FeedbackAlignment. At the initial weights it is backprop.
+    `added`, `vectors` and errors as for FeedbackAlignment. At the initial weights it is backprop.
     """
 
-    back, remedy = "W0", "name it: vectors=(...)"
+    back = "W0"
 
     def __init__(self, network: nn.Module, added: Names = (), vectors: Names = ()):
-        super().__init__(network, added=added)
-        for name in _parameters_within(network, vectors):
-            self.feedback.add(str(len(self.names)), self.known.parameters[name].detach().clone())
-            self.names += (name,)
+        super().__init__(network, added=added, vectors=vectors)
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
         return parameter.clone()
@@ -499,7 +496,7 @@ class SignSymmetry(FeedbackAlignment):
             differentiated, from a seed and a count that are part of the state.
         magnitudes: M itself, tensors >= 0 as FeedbackAlignment takes its feedback; for uSF and frSF.
         exact: names of layers that send the exact error W^T delta (Xiao et al., 2019, let the readout).
-        generator, added: as for FeedbackAlignment.
+        generator, added, vectors: as for FeedbackAlignment.
 
     Raises:
         ValueError: an unknown variant; magnitudes that do not fit, are negative, or are given to brSF.
@@ -510,7 +507,7 @@ class SignSymmetry(FeedbackAlignment):
 
     def __init__(
         self, network: nn.Module, variant: str = "uSF", magnitudes: Named | None = None, exact: Names = (),
-        generator: torch.Generator | None = None, added: Names = (),
+        generator: torch.Generator | None = None, added: Names = (), vectors: Names = (),
     ):  # fmt: skip
         chosen = {name.lower(): name for name in self.VARIANTS}.get(str(variant).lower())
         if chosen is None:
@@ -520,7 +517,7 @@ class SignSymmetry(FeedbackAlignment):
         if any((M < 0).any() for M in (magnitudes or {}).values()):
             raise ValueError("magnitudes must not be negative")
         self.variant = chosen
-        super().__init__(network, magnitudes, generator, added)
+        super().__init__(network, magnitudes, generator, added, vectors)
         self.exact = _parameters_within(network, exact)
         if chosen == "brSF":
             self.register_buffer("seed", _seed(generator))
@@ -530,7 +527,7 @@ class SignSymmetry(FeedbackAlignment):
         return "its input" + (", through W" if set(layer.names) & set(self.exact) else "")
 
     def drawn(self, parameter: Tensor, generator: torch.Generator | None) -> Tensor:
-        constant = (2 / (sum(parameter.shape[:2]) * math.prod(parameter.shape[2:]))) ** 0.5
+        constant = (2 / ((sum(parameter.shape[:2]) or 1) * math.prod(parameter.shape[2:]))) ** 0.5
         if self.variant == "uSF":
             return torch.full_like(parameter, constant, requires_grad=False)
         return _normal_like(parameter, constant, generator).abs()
@@ -605,7 +602,7 @@ class WeightMirror(FeedbackAlignment):
 
     Args:
         rate: of forgetting, since W moves.
-        feedback, generator, added: as for FeedbackAlignment. With feedback = the weights it is backprop.
+        feedback, generator, added, vectors: as for FeedbackAlignment. With feedback = the weights it is backprop.
 
     Raises:
         ValueError: as for FeedbackAlignment; a rate outside of 0 < rate <= 1.
@@ -614,11 +611,11 @@ class WeightMirror(FeedbackAlignment):
 
     def __init__(
         self, network: nn.Module, rate: float = 0.01, feedback: Named | None = None,
-        generator: torch.Generator | None = None, added: Names = (),
+        generator: torch.Generator | None = None, added: Names = (), vectors: Names = (),
     ):  # fmt: skip
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be above 0 and at most 1, not {rate}")
-        super().__init__(network, feedback, generator, added)
+        super().__init__(network, feedback, generator, added, vectors)
         self.rate, self.mirroring, self.met, self.ones = rate, False, [], []
         self.register_buffer("seed", _seed(generator))
         self.register_buffer("mirrored", torch.zeros((), dtype=torch.int64, device="cpu"))

@@ -352,10 +352,18 @@ class Relative(nn.Module):
         return torch.tanh(self.a(x)) @ self.keys(self.table.weight).T
 
 
-def test_a_bias_in_a_weight_has_no_feedback():
-    for kind in (align_rules.FeedbackAlignment, align_rules.AlignProp):
-        with pytest.raises(ValueError, match=r"the weight \('keys.bias',\) has no feedback"):
-            kind(Relative())(torch.randn(6, 4))
+@pytest.mark.parametrize("name", ["fa", "align_prop", "sign_symmetry", "kolen_pollack"])
+def test_a_bias_in_a_weight_has_feedback_where_it_is_named(name):
+    rule, inputs = align_rules.RULES[name], torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"the weight \('keys.bias',\) has no feedback"):
+        rule(Relative())(inputs)
+    network, found = Relative(), []
+    named = rule(network, vectors=[""])
+    for change in (0, 1):  # of the bias, which must not be sent back through
+        with torch.no_grad():
+            network.keys.bias *= 1 + change
+        found.append(torch.autograd.grad((named(inputs) * torch.arange(6.0)).sum(), network.a.weight)[0])
+    torch.testing.assert_close(*found)
 
 
 class Fixates(nn.Module):
@@ -498,7 +506,7 @@ class Hyper(nn.Module):
 
 
 def test_what_weights_are_made_of_is_no_activity():
-    text = align_rules.FeedbackAlignment(Hyper()).explain(torch.randn(6, 4))
+    text = align_rules.FeedbackAlignment(Hyper(), vectors=["code", "of_weight"]).explain(torch.randn(6, 4))
     layers = text.split("\n\n")[1]
     assert "of_bias" not in layers
     assert "biases" not in layers
