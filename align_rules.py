@@ -363,7 +363,7 @@ class Backprop(Rule):
 
 
 class LastLayer(Rule):
-    """Only the readout learns, by e a^T; no graph is kept below it.
+    """Only the readout learns, by e a^T; no graph is kept below it, unless an input is to have backprop's gradient.
 
     Args:
         learns: names of the parameters, or of modules that hold them, that learn. Default: the last layer registered.
@@ -384,7 +384,7 @@ class LastLayer(Rule):
         self.learns = _parameters_within(network, learns)
 
     def derive(self, draft: "Draft") -> list:
-        frozen = [place for place in draft.graph.places if draft.graph.parameters.get(place) not in self.learns]
+        frozen = [place for place, name in draft.graph.parameters.items() if name not in self.learns]
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
         return draft.outputs(draft.follow(now))
 

@@ -19,9 +19,8 @@ def test_direct_feedback_is_the_same_in_either_order_of_memory(last):
     assert sent.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("name", ["dfa", "last_layer"])
-def test_no_error_goes_to_inputs(name):
+def test_no_error_goes_to_inputs():
     encoder, network = nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    output = align_rules.RULES[name](network)(encoder(torch.randn(4, 6))).sum()
+    output = align_rules.DirectFeedbackAlignment(network)(encoder(torch.randn(4, 6))).sum()
     output.backward()
     assert encoder.weight.grad is None
