@@ -2236,6 +2236,9 @@ class _Record(TorchDispatchMode):
         self.graph, self.nodes, self.values, self.arguments, self.kept = fx.Graph(), {}, {}, [], []
         self.given = {id(t) for t in _Held(inputs, keywords).tensors}
         collects, functions = gc.isenabled(), False
+        if collects:  # the nodes of the last call, which refer to each other
+            _now.read = None
+            gc.collect(1)
         gc.disable()  # what the call leaves in cycles stays young, and is found
         try:
             with self, _Functional() as functional, _AtUse(functional) as at_use:
