@@ -1356,7 +1356,7 @@ class Graph:
         """Which parameters other than these are a part of layers' weights beside them, and no gains of theirs."""
         weighing, found = {layer.weight for layer in layers}, []
         for node in reversed(self.nodes):
-            if node in weighing:
+            if node in weighing and self.kinds[node] == WEIGHT:
                 weighing |= {*node.all_input_nodes}
                 places = ADDING.get(_operator(node), ())
                 terms = pytree.tree_leaves([node.args[k] for k in places if k < len(node.args)])

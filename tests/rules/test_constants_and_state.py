@@ -505,6 +505,20 @@ class Hyper(nn.Module):
         return F.linear(x, torch.einsum("k,koi->oi", shares, self.o), shares @ self.biases).square() + penalty
 
 
+@pytest.mark.parametrize("ones", [torch.ones_like, lambda h: h.clone().fill_(1.0), lambda h: h.clone().zero_() + 1])
+def test_what_has_the_shape_of_an_activity_alone_is_a_constant(ones):
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.W = nn.Linear(4, 5), nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return h @ (self.W * ones(h)[0]).T
+
+    assert "\nW " in align_rules.FeedbackAlignment(Shaped()).explain(torch.randn(6, 4))
+
+
 def test_what_weights_are_made_of_is_no_activity():
     text = align_rules.FeedbackAlignment(Hyper(), vectors=["code", "of_weight"]).explain(torch.randn(6, 4))
     layers = text.split("\n\n")[1]
