@@ -726,16 +726,7 @@ class DirectFeedbackAlignment(Rule):
             copies = _operator(node) in ("clone", "_to_copy")
             return copies or (_rearranges(node) and node.meta["val"].shape[:1] != examples)
 
-        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}  # what inputs have reached
-        for node in graph.nodes:
-            fed |= {node} if fed & {*node.all_input_nodes} else set()
-        for node in reversed(graph.nodes):  # and steps before the inputs come: what has their shape where it meets them
-            layer = graph.layers.get(node)
-            parts = [layer.activity] if layer else node.all_input_nodes if _is_pointwise(node) else []
-            for part in parts if node in fed else []:
-                shape, of_node = (getattr(n.meta["val"], "shape", ()) for n in (part, node))
-                if graph.kinds[part] == ACTIVITY and shape[:1] == examples and (layer or shape == of_node):
-                    fed.add(part)
+        fed = self.fed(graph, examples)
         for node in graph.nodes:
             layer, parts = graph.layers.get(node), set(node.all_input_nodes)
             if layer and layer.recurrent:
@@ -753,9 +744,9 @@ class DirectFeedbackAlignment(Rule):
                 inside.add(node)
             else:
                 now[node] = draft.again(node, now)
-                learns = {part: graph.kinds[part] for part in (graph.reached & parts if node in fed else ())}
-                joins = ACTIVITY in map(learns.get, learns.keys() - fed)  # what no input has reached
-                embeds = WEIGHT in learns.values() and not begun & parts  # in front of the first layer
+                learned = graph.reached & parts if node in fed else set()
+                joins = any(graph.kinds[part] == ACTIVITY for part in learned - fed)  # what no input has reached
+                embeds = not begun & parts and any(graph.kinds[part] == WEIGHT for part in learned)  # before any layer
                 if graph.kinds[node] == ACTIVITY and (inside & parts or joins or embeds):
                     inside.add(node)
             begun |= {node} if layer or begun & parts else set()
@@ -768,6 +759,21 @@ class DirectFeedbackAlignment(Rule):
         now[result] = draft.call(DirectFeedbackAlignment.direct, draft.own("rule"), now[result], ends, data)
         draft.put_back(now)
         return draft.outputs(now)
+
+    @staticmethod
+    def fed(graph: "Graph", examples: Iterable) -> set[fx.Node]:
+        """What inputs have reached; and steps before they come: what has their shape where it meets them."""
+        fed = {place for place in graph.places if graph.kinds[place] == ACTIVITY}
+        for node in graph.nodes:
+            fed |= {node} if fed & {*node.all_input_nodes} else set()
+        for node in reversed(graph.nodes):
+            layer = graph.layers.get(node)
+            parts = [layer.activity] if layer else node.all_input_nodes if _is_pointwise(node) else []
+            for part in parts if node in fed else []:
+                shape, of_node = (getattr(n.meta["val"], "shape", ()) for n in (part, node))
+                if graph.kinds[part] == ACTIVITY and shape[:1] == examples and (layer or shape == of_node):
+                    fed.add(part)
+        return fed
 
     def direct(self, output: Tensor, ends: list[Tensor], inputs: list[Tensor]) -> Tensor:
         """The output; its gradient goes to it and, through the feedback, to the ends of blocks, not to the inputs."""
@@ -1616,7 +1622,10 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
         def kind() -> tuple:
             return hooks, tuple((module.training, len(module._forward_hooks)) for module in modules)
 
-        always, proofs = rule.recorded.get(kind(), (False, 0)) if rule.recorded else (False, 0)
+        def recorded() -> tuple[bool, int]:  # always, and after how many proofs
+            return rule.recorded.get(kind(), (False, 0)) if rule.recorded else (False, 0)
+
+        always, proofs = recorded()
         if not always:
             drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
             known, before = rule.known, rule.known.in_a_row
@@ -1627,7 +1636,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
             except _Refused as refused:
                 random.setstate(drawn)
                 reason = refused
-            always, proofs = not isinstance(reason, _Unasked), rule.recorded.get(kind(), (False, 0))[1]
+            always, (_, proofs) = not isinstance(reason, _Unasked), recorded()
         if proofs < PROOFS:
             try:
                 proofs = PROOFS if _prove(network, inputs, keywords, _record, ()) else proofs + 1
@@ -2259,7 +2268,7 @@ class _Record(TorchDispatchMode):
     def keep(self, made: dict) -> None:
         """Of tensors of functionalisation find those that are held; from here on they are plain ones."""
         gc.collect(0)
-        waiting, made[None] = [*made.values(), torch.empty(0)], None
+        waiting = [*made.values(), torch.empty(0)]  # the last of which nobody else holds
         made.clear()
         unheld, count = None, 0
         while len(waiting) != count:
@@ -2303,7 +2312,7 @@ class _Record(TorchDispatchMode):
         if written and any(_overlap(args[0], t) for t in self.arguments if t is not args[0]):
             raise TypeError("the network writes into memory that several of its tensors share; let it use one of them")
         with torch._C.DisableTorchFunction():  # scripted code would come to the mode around this one again
-            run = bernoulli if operation is aten.bernoulli.p else operation
+            run = RESPELLED.get(operation, operation)  # as the rule's code will
             result = args[0] if written else run(*args, **(kwargs or {}))
         args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
         node = self.noted(result, self.graph.call_function(operation, args, kwargs))
