@@ -356,7 +356,7 @@ class Backprop(Rule):
         return super().forward(*inputs, **keywords) if self.compiler else self.network(*inputs, **keywords)
 
     def derive(self, draft: "Draft") -> list:
-        return draft.outputs(draft.follow(draft.places))
+        return draft.outputs(draft.follow(draft.places)[0])
 
     def backprop_at(self) -> dict[str, Tensor]:
         return {}  # at any
@@ -386,7 +386,7 @@ class LastLayer(Rule):
     def derive(self, draft: "Draft") -> list:
         frozen = [place for place, name in draft.graph.parameters.items() if name not in self.learns]
         now = draft.places | {place: draft.call(sg, draft.places[place]) for place in frozen}
-        return draft.outputs(draft.follow(now))
+        return draft.outputs(draft.follow(now)[0])
 
 
 class FeedbackAlignment(Rule):
@@ -860,14 +860,15 @@ class _FromInitial(Rule):
     def tensors(self) -> Mapping[str, Any]:
         return {f"initial.{name}": t.data for name, t in self.initial.named().items()}
 
-    def initially(self, draft: "Draft", now: dict, places: Mapping) -> dict:
-        """The initial network's values before it runs: what both share, these inputs, its parameters and statistics."""
+    def initially(self, draft: "Draft", places: Mapping) -> dict:
+        """The values of places in the initial network: these, but its own parameters and statistics."""
         graph = draft.graph
-        numbers = {node for node in graph.nodes if node.target is aten._local_scalar_dense.default}  # have left torch
-        shared = {node: now[node] for node, kind in graph.kinds.items() if kind == FIXED or node in numbers}
         own = {place: draft.own(f"initial.{name}") for place, name in graph.names.items() if name in self.kept}
         copies = {place: draft.call(torch.clone, own[place]) for place in graph.renewed if place in own}
-        return {**shared, **places, **own, **copies}
+        return {**places, **own, **copies}
+
+    def cut_off(self, draft: "Draft") -> dict:
+        return {place: draft.call(sg, value) for place, value in draft.places.items()}
 
     def feedback_weights(self) -> dict[str, Tensor]:
         kept = self.initial.named()
@@ -890,17 +891,16 @@ class AlignZero(_FromInitial):
     layerwise = False
 
     def derive(self, draft: "Draft") -> list:
-        now = draft.follow({place: draft.call(sg, value) for place, value in draft.places.items()})
-        first = self.from_initial(draft, now, draft.places)
+        now, first = draft.follow(self.cut_off(draft), None, self.received_by(draft.places, draft), self.kept)
         return [draft.call(swap_grad, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
-    def from_initial(self, draft: "Draft", now: dict, receivers: Mapping) -> dict:
-        """The initial network's values, with d(f0)/d(theta0) going to the receivers, by place."""
-        first = self.initially(draft, now, draft.places)
+    def received_by(self, receivers: Mapping, draft: "Draft") -> dict:
+        """The values of places in the initial network, where d(f0)/d(theta0) goes to the receivers, by place."""
+        first = self.initially(draft, draft.places)
         for place, name in draft.graph.parameters.items():
             to = receivers[place]
             first[place] = to if name in self.live else draft.call(swap_grad, first[place], to)
-        return draft.follow(first, initial=self.kept)
+        return first
 
 
 class AlignAda(_FromInitial):
@@ -931,10 +931,9 @@ class AlignAda(_FromInitial):
         self.coupling, self.uncoupled = coupling, _parameters_within(network, uncoupled)
 
     def derive(self, draft: "Draft") -> list:
-        now = draft.follow(draft.places, draft.cut)  # y = sg(a) W
         coupled = {}  # activation functions of the initial network, and what rearranges their outputs
 
-        def coupling(layer: Layer, first: dict) -> Any:
+        def coupling(layer: Layer, first: dict, now: dict) -> Any:
             """y0 = a0 W0; the error at a0 also goes to the place in the current network where it enters."""
             a = layer.activity
             if set(layer.names) & set(self.uncoupled):
@@ -949,8 +948,8 @@ class AlignAda(_FromInitial):
             states = {"path": now[layer.node]} if layer.recurrent else {}
             return draft.again(layer.node, first, {layer.position: a0}, **states)
 
-        first = self.initially(draft, now, {place: draft.call(sg, value) for place, value in draft.places.items()})
-        first = draft.follow(first, coupling, initial=self.kept)
+        first = self.initially(draft, self.cut_off(draft))
+        now, first = draft.follow(draft.places, draft.cut, first, self.kept, coupling)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
 
     def entrance(self, graph: "Graph", layer: "Layer") -> list[fx.Node]:
@@ -1470,7 +1469,7 @@ class Draft:
     """
 
     def __init__(self, graph: Graph, call: Callable, own: Callable[[str], Any], places: Iterable, fixed: dict):
-        self.graph, self.call, self.own, self.fixed, self.states = graph, call, own, fixed, {}
+        self.graph, self.call, self.own, self.fixed = graph, call, own, fixed
         self.held = dict(zip(graph.places, places, strict=True))
         self.places = self.held | {place: call(torch.clone, self.held[place]) for place in graph.state}
 
@@ -1495,40 +1494,51 @@ class Draft:
         options = node.args[3:9] if node.target is aten.convolution.default else node.kwargs.get("alpha", 1)
         return node.target, int(layer.position > layer.weight_position), map_arg(options, values.__getitem__)
 
-    def follow(self, given: Mapping, at_layer: Callable | None = None, initial: Names = ()) -> dict:
-        """From given values those of all nodes that have none yet, in order; and write state back.
+    def follow(
+        self, now: Mapping, cut: Callable | None = None, first: Mapping | None = None, own: Names = (),
+        coupling: Callable | None = None,
+    ) -> tuple[dict, dict]:  # fmt: skip
+        """From the values of places those of all nodes, in order; and write state back.
 
         Args:
-            at_layer: computes a layer's output in its own way, from the layer and the values.
-            initial: of an initial network, the names of what it has of its own: no other state is written.
+            cut: computes a layer's output in its own way, from the layer and the values.
+            first: the values of places in the initial network, which is followed beside the current one, operator by
+                operator, so that in the backward pass errors are used up where they are made.
+            own: names of what the initial network has of its own: no other state of it is written.
+            coupling: like `cut`, for the initial network; from the layer and the values of both.
         """
-        values, own = {**given}, {place for place, name in self.graph.names.items() if name in initial}
+        now, layers = {**now}, self.graph.layers
+        first, others = {**(first or {})}, {place for place, name in self.graph.names.items() if name in own}
         for node in self.graph.nodes:
-            own |= {node} if own & {*node.all_input_nodes} else set()  # other values than in the current network
-            if own & {*_selecting(node)} and self.graph.kinds[node] == ACTIVITY:
+            draws = self.call(_generators_now) if first and _may_draw_inside(node) else None
+            now[node] = cut(layers[node], now) if cut and node in layers else self.again(node, now)
+            others |= {node} if others & {*node.all_input_nodes} else set()  # other values than in the current network
+            if others & {*_selecting(node)} and self.graph.kinds[node] == ACTIVITY:
                 raise TypeError(
                     f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial "
                     "network others; use torch.where, or a mask that multiplies"
                 )
-            if node in values:
+            if not first:
                 continue
-            if at_layer and node in self.graph.layers:
-                values[node] = at_layer(self.graph.layers[node], values)
-            elif initial and node in self.states:
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self.call(_with_draws_again(node.target), self.states[node], *args, **kwargs)
+            if self.graph.kinds[node] == FIXED or node.target is aten._local_scalar_dense.default:
+                first[node] = now[node]  # a number that has left torch is what it is in the current network
+            elif draws is not None:
+                args, kwargs = map_arg((node.args, node.kwargs), first.__getitem__)
+                first[node] = self.call(_with_draws_again(node.target), draws, *args, **kwargs)
+            elif coupling and node in layers:
+                first[node] = coupling(layers[node], first, now)
             else:
-                if _may_draw_inside(node):
-                    self.states[node] = self.call(_generators_now)
-                values[node] = self.again(node, values)
-        self.put_back(values, initial)
-        return values
+                first[node] = self.again(node, first)
+        self.put_back(now)
+        for place, node in self.graph.renewed.items():
+            if first and (name := self.graph.names[place]) in own:
+                self.call(put_back, self.own(f"initial.{name}"), first[node])
+        return now, first
 
-    def put_back(self, values: dict, initial: Names = ()) -> None:
+    def put_back(self, now: dict) -> None:
         """Write state where it came from."""
-        for place, node in (self.graph.renewed if initial else self.graph.state).items():
-            if not initial or (name := self.graph.names[place]) in initial:
-                self.call(put_back, self.own(f"initial.{name}") if initial else self.held[place], values[node])
+        for place, node in self.graph.state.items():
+            self.call(put_back, self.held[place], now[node])
 
     def outputs(self, values: dict) -> list:
         return [values[f] if isinstance(f, fx.Node) else f for f in self.graph.output]
@@ -1776,9 +1786,7 @@ def _settings(rule: Rule) -> tuple:
     may hold more, and shares no code."""
     held = vars(rule).values()
     own = type(rule).__module__ != __name__ or any(isinstance(f, types.FunctionType | types.MethodType) for f in held)
-    functions = (
-        getattr(type(rule), name, None) for name in ("derive", "layer", "from_initial", "initially", "entrance")
-    )
+    functions = (getattr(type(rule), name, None) for name in ("derive", "layer", "initially", "entrance"))
     settings = (value for value in held if isinstance(value, str | int | float | tuple | None))
     return rule.known.number if own else None, *functions, *settings
 

@@ -28,7 +28,6 @@ class Pair(AlignZero):
         return {**super().tensors(), **{f"align.{name}": p for name, p in self.align.named_parameters()}}
 
     def derive(self, draft: Draft) -> list:
-        now = draft.follow(draft.places)
         receivers = {place: draft.own(f"align.{name}") for place, name in draft.graph.parameters.items()}
-        first = self.from_initial(draft, now, receivers)
+        now, first = draft.follow(draft.places, None, self.received_by(receivers, draft), self.kept)
         return [draft.call(couple, f, f0) for f, f0 in zip(draft.outputs(now), draft.outputs(first), strict=True)]
