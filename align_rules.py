@@ -94,19 +94,45 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import has_side_effect, map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+# isort: split
+# What is private of torch stands here, tried on torch 2.11, 2.14 and 2.15. (Beside it: what modules and tensors hold.)
+from torch import (
+    _disable_functionalization,
+    _dynamo,
+    _enable_functionalization,
+    _from_functional_tensor,
+    _is_functional_tensor,
+    _mirror_autograd_meta_to,
+    _sync,
+    _to_functional_tensor,
+)
+from torch._C import (
+    DisableTorchFunction,
+    DispatchKey,
+    DispatchKeySet,
+    _DisablePythonDispatcher,
+    _ExcludeDispatchKeyGuard,
+    _len_torch_dispatch_stack,
+    _overlaps,
+    _swap_tensor_impl,
+    _TorchDispatchModeKey,
+)
+from torch._C._autograd import _get_data_attr, _top_saved_tensors_default_hooks
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch._dispatch.python import enable_python_dispatcher
+from torch._VF import _pad_packed_sequence
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -1101,6 +1127,9 @@ def _compared(
         with _undisturbed(network, values):
             for parameter in network.parameters():
                 parameter.data = _not_zero(parameter.data)
+            generators = [random, *(v for v in _Held(network).others if issubclass(type(v), random.Random))]
+            for generator in generators:  # from whose first draws Dynamo may have made constants
+                generator.getrandbits(10**4)
             output = call()
             if not found:
                 # Not those that the call has made, which nobody holds but autograd, as nobody does this one.
@@ -1110,6 +1139,7 @@ def _compared(
                 outside = (t for t, n in zip(leaves[1:], holders, strict=True) if n > unheld)
                 watched = [*watched, *(t for t in outside if not any(t is other for other in watched))]
             kept = [t.detach().clone() for t in _Held(network, values).buffers()]
+            kept += [torch.tensor(hash(generator.getstate())) for generator in generators]
             gradients = _gradients(loss_function(output), watched)
             found.append(([f.detach().clone() for f in _tensors(output)], gradients, kept))
     return watched, *found
@@ -1158,7 +1188,7 @@ def _shares(found: list[Tensor | None], expected: list[Tensor | None]) -> list[f
     numbers must be equal."""
     if len(found) != len(expected):
         return [math.inf]
-    found, expected = ([t.to_dense() if t is not None and t.is_sparse else t for t in ts] for ts in (found, expected))
+    found, expected = ([None if t is None else t.to_dense() for t in ts] for ts in (found, expected))
     flows = [_differentiable(t) and t.numel() for t in expected]
     sizes = [t.detach().abs().nan_to_num(0, 0).max().item() if f else 0.0 for t, f in zip(expected, flows, strict=True)]
     # Below such a share of the largest a gradient is rounding, as for a bias in front of a normalisation.
@@ -1212,13 +1242,18 @@ MEETING = REARRANGING | _named_operators(
     "_batch_norm_no_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm _prelu_kernel "
     "_thnn_fused_lstm_cell _thnn_fused_gru_cell complex"
 )
-# Where the terms of a sum stand among an operator's arguments.
-ADDING = {
-    **dict.fromkeys(("add", "sub"), (0, 1)), **dict.fromkeys(("cat", "stack", "addmm", "baddbmm", "addmv"), (0,)),
-    "convolution": (2,), "native_layer_norm": (3,), "native_group_norm": (2,),
+# Where factors, also gains, stand among an operator's arguments.
+FACTORS = {
+    **dict.fromkeys(("mul", "div", "mm", "bmm", "mv", "dot", "native_group_norm", "native_batch_norm", "_prelu_kernel",
+                     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_weight_norm_interface"),
+                    (0, 1)),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), (0, 2)),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), (1, 2)),
 }  # fmt: skip
-# What is made of the shape of its argument alone.
-SHAPED = _named_operators("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size")
+# What is made of the shape of its argument alone, and a number that leaves torch.
+UNLEARNED = _named_operators(
+    "empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full sym_size _local_scalar_dense"
+)
 # Buffers of which the initial network has its own, beside the vectors of spectral norm.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -1291,7 +1326,7 @@ class Graph:
         self.sources, self.layers, others = {**sources}, {}, []
         for node in self.nodes:
             kind = max((self.kinds[part] for part in node.all_input_nodes), default=FIXED)
-            kind = FIXED if _operator(node) in SHAPED or _draws(node) else kind
+            kind = FIXED if _operator(node) in UNLEARNED or _draws(node) else kind
             for one, other in PRODUCTS.get(node.target, ()):
                 read, weight = node.args[one], node.args[other]
                 if (names := self.sources.get(weight)) and (self.kinds[read] == ACTIVITY or (node, read) in unfed):
@@ -1308,15 +1343,15 @@ class Graph:
     def _unfed(self, others: Iterable) -> tuple[fx.Node, fx.Node] | None:
         """The first of these products that is a layer although no input has reached it, for it meets activities
         otherwise than in the weight of a layer, or is an output; with its activity. Notes those that are `unclear`."""
-        weighing, activated = {layer.weight for layer in self.layers.values()}, set()
+
+        def parts(node: fx.Node) -> set[fx.Node]:
+            return {*node.all_input_nodes} - ({self.layers[node].weight} if node in self.layers else set())
+
+        weighing = self.behind((layer.weight for layer in self.layers.values()), parts)
         # An output that is a number is a penalty, unless activation functions have made it.
-        meeting = {f for f in self.output if isinstance(f, fx.Node) and getattr(f.meta["val"], "shape", ())}
-        for node in reversed(self.nodes):
-            layer = self.layers.get(node)
-            parts = {part for part in node.all_input_nodes if not layer or part is not layer.weight}
-            weighing |= parts if node in weighing else set()
-            meeting |= {node, *parts} if self.kinds[node] == ACTIVITY or node in meeting else set()
-            activated |= parts if _operator(node) in ACTIVATIONS or node in activated else set()
+        given = [f for f in self.output if isinstance(f, fx.Node) and getattr(f.meta["val"], "shape", ())]
+        meeting = self.behind([*given, *(node for node in self.nodes if self.kinds[node] == ACTIVITY)], parts)
+        activated = self.behind((a for n in self.nodes if _operator(n) in ACTIVATIONS for a in parts(n)), parts)
         known = {name for layer in self.layers.values() for name in layer.names}
         elsewhere = {(frozenset(k.names), str(k.weight.meta["val"].numel())) for k in self.layers.values()}
         whole = {of for of, _ in elsewhere}
@@ -1339,6 +1374,13 @@ class Graph:
                 self.unclear.add(node)
         return None
 
+    def behind(self, nodes: Iterable, parts: Callable[[fx.Node], Iterable]) -> set[fx.Node]:
+        """These nodes, their parts, the parts of these, and so on."""
+        found = {*nodes}
+        for node in reversed(self.nodes):
+            found |= {*parts(node)} if node in found else set()
+        return found
+
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
         return [part for part in node.all_input_nodes if self.kinds[part] != FIXED and _flows(part)]
@@ -1359,23 +1401,24 @@ class Graph:
 
     def added_to_weights(self, layers: Iterable[Layer], names: Names) -> list[tuple[str, ...]]:
         """Which parameters other than these are a part of layers' weights beside them, and no gains of theirs."""
-        weighing, found = {layer.weight for layer in layers}, []
-        for node in reversed(self.nodes):
-            if node in weighing and self.kinds[node] == WEIGHT:
-                weighing |= {*node.all_input_nodes}
-                places = ADDING.get(_operator(node), ())
-                terms = pytree.tree_leaves([node.args[k] for k in places if k < len(node.args)])
-                bare = [tuple(of) for part in terms if (of := self.sources.get(part)) and of.isdisjoint(names)]
-                beside = any(self.sources.get(part, set()) & {*names} for part in node.all_input_nodes)
-                found += bare if beside else []
-        return found
+
+        def learned(node: fx.Node) -> list[fx.Node]:
+            return [part for part in node.all_input_nodes if self.sources.get(part) and _flows(part)]
+
+        found = []
+        for node in self.behind((layer.weight for layer in layers), learned):
+            bare = [part for part in learned(node) if self.sources[part].isdisjoint(names)]
+            factors = [node.args[k] for k in FACTORS.get(_operator(node), ()) if k < len(node.args)]
+            scaled = {*factors} if not {*factors} <= {*bare} else set()
+            if len(bare) < len(learned(node)):
+                found += [tuple(self.sources[part]) for part in bare if part not in scaled]
+        return sorted(found)
 
     def require_layers(self) -> None:
         """Raise TypeError unless every learned tensor meets activities in a way that a rule knows."""
         found = [] if self.layers else ["there is no product of an activity and a weight at all"]
-        differentiated = self.reached.intersection(self.output)
-        for node in reversed(self.nodes):
-            differentiated |= self.reached.intersection(node.all_input_nodes) if node in differentiated else set()
+        outputs = self.reached.intersection(self.output)
+        differentiated = self.behind(outputs, lambda node: self.reached.intersection(node.all_input_nodes))
         for node in self.nodes:
             learned = any(self.kinds[part] == WEIGHT and _flows(part) for part in node.all_input_nodes)
             met = [self.kinds[node.args[k]] for k in PRODUCTS.get(node.target, [()])[0]]  # factors, not what is added
@@ -1520,8 +1563,8 @@ class Draft:
                 )
             if not first:
                 continue
-            if self.graph.kinds[node] == FIXED or node.target is aten._local_scalar_dense.default:
-                first[node] = now[node]  # a number that has left torch is what it is in the current network
+            if self.graph.kinds[node] == FIXED:
+                first[node] = now[node]
             elif draws is not None:
                 args, kwargs = map_arg((node.args, node.kwargs), first.__getitem__)
                 first[node] = self.call(_with_draws_again(node.target), draws, *args, **kwargs)
@@ -1580,9 +1623,7 @@ def _selecting(node: fx.Node) -> list[fx.Node]:
 
 
 # -------------------------------------------------------------------------------------------------- the graph: capture
-# What is private of torch stands here, tried on torch 2.11 and 2.14: Dynamo's settings, errors and ways of writing.
-
-_SETTINGS = torch._dynamo.config.patch(
+_SETTINGS = _dynamo.config.patch(
     allow_rnn=True,  # LSTM, GRU and RNN, as their products
     recompile_limit=2**16, accumulated_recompile_limit=2**16,  # many rules share a code object
     skip_nnmodule_hook_guards=False,  # hooks that come later are noticed
@@ -1708,7 +1749,7 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
     except (RuntimeError, AssertionError) as error:  # as Dynamo's are
         if _now.read:
             raise
-        watched = torch._C._len_torch_dispatch_stack()
+        watched = _len_torch_dispatch_stack()
         raise (_Unasked if watched else _Refused)(_reason(error)) from error
     finally:
         _now.rule, distribution._validate_args = None, validates
@@ -1718,8 +1759,6 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
 def _entry_of(known: "_Anatomy") -> Callable:
     modules, parameters = known.modules, known.parameters
     held = [value for module in modules.values() for value in vars(module).values()]
-    if any(isinstance(value, random.Random) for value in held):
-        raise _Refused("its draws from a random.Random of its own would be constants")
     if any(isinstance(value, collections.deque) and value.maxlen for value in held):
         raise _Refused("what a deque of limited length holds would be that of the first calls")
     kinds = tuple((name, type(module)) for name, module in modules.items()), *known.code()
@@ -1839,7 +1878,7 @@ def _compiled(program: fx.GraphModule, compiler: str | None, values: list) -> Ca
         return program.forward
     sizes = compiler, *(value.shape if isinstance(value, Tensor) else value for value in values)
     if sizes not in program.compiled:
-        program.compiled[sizes] = torch._dynamo.lookup_backend(compiler)(program, values)
+        program.compiled[sizes] = _dynamo.lookup_backend(compiler)(program, values)
     return program.compiled[sizes]
 
 
@@ -1872,15 +1911,15 @@ class _Functional(contextlib.AbstractContextManager):
     def __enter__(self):
         self.insides: dict[int, Tensor] = {}  # of tensors from outside, by identity
         self.outsides: dict[int, Tensor] = {}  # the other way round
-        torch._enable_functionalization(reapply_views=True)
+        _enable_functionalization(reapply_views=True)
         return self
 
     def inside(self, value: Any) -> Any:
         plain = isinstance(value, Tensor) and not (_is_inside(value) or is_functorch_wrapped_tensor(value))
         if id(value) in self.insides or not plain:
             return self.insides.get(id(value), value)
-        self.insides[id(value)] = inside = torch._to_functional_tensor(value)
-        torch._mirror_autograd_meta_to(value, inside)
+        self.insides[id(value)] = inside = _to_functional_tensor(value)
+        _mirror_autograd_meta_to(value, inside)
         self.outsides[id(inside)] = value
         return inside
 
@@ -1888,7 +1927,7 @@ class _Functional(contextlib.AbstractContextManager):
         try:
             written = [] if error[0] else [(self.outsides[id(t)], _outside(t)) for t in self.insides.values()]
         finally:
-            torch._disable_functionalization()
+            _disable_functionalization()
             self.insides, self.outsides = {}, {}
         with torch.no_grad():
             for value, new in written:
@@ -1899,12 +1938,12 @@ class _Functional(contextlib.AbstractContextManager):
 def _outside(value: Any) -> Any:
     if not _is_inside(value):
         return value
-    torch._sync(value)
-    return torch._from_functional_tensor(value)
+    _sync(value)
+    return _from_functional_tensor(value)
 
 
 def _is_inside(value: Any) -> bool:
-    return isinstance(value, Tensor) and torch._is_functional_tensor(value)
+    return isinstance(value, Tensor) and _is_functional_tensor(value)
 
 
 class _Walk(fx.Interpreter):
@@ -1974,8 +2013,9 @@ class _Spelling(TorchFunctionMode):
         if torch.is_grad_enabled():
             return function(*args, **kwargs)
         if getattr(function, "__name__", "") == "__get__":  # of an attribute
-            return _cut_all(function(*args))
-        return function(*_cut_all(args), **_cut_all(kwargs))  # what is written reaches what was cut
+            return _mapped(_cut_learned, function(*args))
+        # What is written reaches what was cut.
+        return function(*_mapped(_cut_learned, args), **_mapped(_cut_learned, kwargs))
 
 
 def _cut(tensor: Tensor) -> Tensor:
@@ -1983,8 +2023,15 @@ def _cut(tensor: Tensor) -> Tensor:
     return aten.squeeze.dims(tensor, ())
 
 
-def _cut_all(values: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: _cut(t) if t.requires_grad else t, values)
+def _cut_learned(value: Any) -> Any:
+    return _cut(value) if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _mapped(function: Callable, values: Any) -> Any:
+    """Of values, those of a function. A size stays one: Tensor.new takes other tuples for data."""
+    if type(values) is tuple:
+        return tuple([_mapped(function, value) for value in values])
+    return values if type(values) is torch.Size else map_aggregate(values, function)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -2041,7 +2088,7 @@ def _in_python(function: Callable, *args, **kwargs) -> Any:
 
 def _in_cpp(function: Callable, *args, **kwargs) -> Any:
     """By the operator of torch's C++, which draws in the order in which the network does."""
-    with torch._C._DisablePythonDispatcher():
+    with _DisablePythonDispatcher():
         return function(*args, **kwargs)
 
 
@@ -2063,7 +2110,7 @@ def _padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, 
 
 
 SPELLED = {
-    torch._VF._pad_packed_sequence: _padded,
+    _pad_packed_sequence: _padded,
     **{f: functools.partial(_as_products, f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     **{f: functools.partial(_in_cpp, f) for f in (F.scaled_dot_product_attention, F.multi_head_attention_forward)},
     **{f: functools.partial(_in_python, f)
@@ -2074,7 +2121,7 @@ SPELLED = {
     )},
     # Numbers that leave torch are those of this call, as with item().
     **{f: functools.partial(_read_off, f) for f in (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__repr__)},
-    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, torch._C._autograd._get_data_attr: _cut,
+    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, _get_data_attr: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
 
@@ -2160,10 +2207,12 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
         )
+    if any(type(value) is types.GeneratorType for value in _Held(network).others):
+        raise TypeError(f"{name} has a Python generator, which cannot be put back when proof has been taken; {REMEDY}")
     names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
     told = [f"output {k}" for k in range(len(outputs))]
     told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]
-    told.append("a buffer, or what else it keeps,")
+    told.append("a buffer, or what else it keeps (or a generator of random numbers),")
     shares = [*_shares(own[0], outputs), *_shares(own[1], gradients), max(_shares(own[2], kept), default=0.0)]
     kinds = {t.device.type for t in watched if torch.is_autocast_enabled(t.device.type)}
     precisions = {*(t.dtype for t in (*outputs, *watched)), *map(torch.get_autocast_dtype, kinds)}
@@ -2212,7 +2261,7 @@ def _depth() -> int:
 # ------------------------------------------------------------------------------------------------ the graph: recording
 
 
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_VIEWS = DispatchKeySet(DispatchKey.ADInplaceOrView)
 _LEFT = WeakIdKeyDictionary()  # activities that recorded calls have left: state, wherever it is held
 
 
@@ -2227,7 +2276,7 @@ class _AtUse(_Spelling):
         if function is Tensor.retain_grad:
             raise TypeError("what a rule sends back is no gradient that retain_grad could keep; leave it out")
         map_aggregate((args, kwargs or {}), self.note)  # some come by other ways than by a function of torch
-        args, kwargs = map_aggregate((args, kwargs or {}), self.functional.inside)
+        args, kwargs = _mapped(self.functional.inside, args), _mapped(self.functional.inside, kwargs or {})
         result = super().__torch_function__(function, types, args, kwargs)
         if (outside := self.functional.outsides.get(id(result))) is not None:  # it was written into
             return outside
@@ -2249,9 +2298,12 @@ class _Record(TorchDispatchMode):
 
     def __init__(self, network: nn.Module, inputs: tuple, keywords: dict):
         super().__init__()
-        self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # below functionalisation
+        self._mode_key = _TorchDispatchModeKey.FAKE  # below functionalisation
         self.graph, self.nodes, self.values, self.arguments, self.kept = fx.Graph(), {}, {}, [], []
-        self.given = {id(t) for t in _Held(inputs, keywords).tensors}
+        handed = _Held(inputs, keywords)
+        self.given = {id(t) for t in handed.tensors}
+        if any(type(value).__name__ == "ndarray" and value.dtype.kind in "fc" for value in handed.others):
+            raise TypeError("a NumPy array is handed to the network; hand over a tensor: torch.as_tensor(array)")
         collects, functions = gc.isenabled(), False
         if collects:  # the nodes of the last call, which refer to each other
             _now.read = None
@@ -2289,17 +2341,17 @@ class _Record(TorchDispatchMode):
                 if holders > unheld and tensor._use_count() > 1:
                     later.append(tensor)
                 elif holders > unheld:
-                    with self, torch._C._ExcludeDispatchKeyGuard(_VIEWS):  # its base would be held by it
+                    with self, _ExcludeDispatchKeyGuard(_VIEWS):  # its base would be held by it
                         value = _outside(tensor)
                         self.node_of(value)
                     self.kept.append((tensor, value))
-                    torch._C._swap_tensor_impl(tensor, value.detach())
+                    _swap_tensor_impl(tensor, value.detach())
             waiting = later[::-1]
 
     def fill(self, outputs: Iterable[Tensor]) -> None:
         """What is held becomes these tensors; without a gradient, views of what they are views of."""
         for (tensor, _), output in zip(self.kept, outputs, strict=True):
-            torch._C._swap_tensor_impl(tensor, output.clone() if output.requires_grad else output.detach())
+            _swap_tensor_impl(tensor, output.clone() if output.requires_grad else output.detach())
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
@@ -2319,7 +2371,7 @@ class _Record(TorchDispatchMode):
         written = operation is aten.copy_.default and self.node_of(args[0]).op == "placeholder"  # by the rule's code
         if written and any(_overlap(args[0], t) for t in self.arguments if t is not args[0]):
             raise TypeError("the network writes into memory that several of its tensors share; let it use one of them")
-        with torch._C.DisableTorchFunction():  # scripted code would come to the mode around this one again
+        with DisableTorchFunction():  # scripted code would come to the mode around this one again
             run = RESPELLED.get(operation, operation)  # as the rule's code will
             result = args[0] if written else run(*args, **(kwargs or {}))
         args, kwargs = map_aggregate((args, kwargs or {}), lambda v: self.node_of(v) if isinstance(v, Tensor) else v)
@@ -2333,7 +2385,7 @@ class _Record(TorchDispatchMode):
 
 def _overlap(*tensors: Tensor) -> bool:
     """Whether two tensors share memory, or lie within each other's."""
-    if not torch._C._overlaps(*tensors):  # of one storage
+    if not _overlaps(*tensors):  # of one storage
         return False
     firsts = [t.data_ptr() for t in tensors]
     spans = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
@@ -2369,7 +2421,7 @@ def _recorded(rule: Rule, inputs: tuple, keywords: dict, before: "_Held") -> Any
     with _autocast_off(record.arguments):
         record.fill(rule.derive(Draft(graph, call, tensors.__getitem__, record.arguments, fixed)))
     _LEFT.update((t, None) for t, value in record.kept if graph.kinds.get(record.nodes[id(value)]) == ACTIVITY)
-    watched = torch._C._len_torch_dispatch_stack()  # by another mode, which may keep what it sees
+    watched = _len_torch_dispatch_stack()  # by another mode, which may keep what it sees
     outside = {id(t) for t in record.arguments}
     for node, value in record.values.items():
         free = watched or id(value) in outside or graph.kinds.get(node) == FIXED
@@ -2467,7 +2519,7 @@ FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", __name__} - {"__main__"} 
 
 def _unseen():
     """Hooks on what is saved for gradients, such as a checkpoint's around a rule, do not see what runs inside."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if _top_saved_tensors_default_hooks(True) is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t)  # the same tensor would be a cycle
 
@@ -2668,8 +2720,8 @@ class _Anatomy:
 
 def _require_same_network(rule: Rule) -> None:
     """Raise RuntimeError where a rule's gradient is not what is asked for, or the network is not the rule's."""
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    if transformed or torch.autograd.forward_ad._current_level >= 0:
+    transformed = maybe_current_level() is not None
+    if transformed or forward_ad._current_level >= 0:
         around = "a functional transform (torch.func, torch.vmap)" if transformed else "forward-mode derivatives"
         raise RuntimeError(
             f"a rule's gradient is the gradient of nothing, and {around} cannot go through it; Backprop can"
@@ -2699,7 +2751,7 @@ def _require_same_network(rule: Rule) -> None:
 def _require_plain(network: nn.Module) -> None:
     """Raise TypeError for modules that no rule can be made on."""
     for name, module in network.named_modules():
-        compiled = isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        compiled = isinstance(module, _dynamo.OptimizedModule) or module._compiled_call_impl is not None
         lazy = any(isinstance(parameter, nn.UninitializedParameter) for parameter in module._parameters.values())
         for refused, told in (
             (isinstance(module, Rule), "is a rule itself; make one rule for the whole network"),

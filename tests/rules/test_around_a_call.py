@@ -4,6 +4,8 @@ import collections
 import contextlib
 import copy
 import gc
+import random
+import types
 import warnings
 import weakref
 
@@ -383,6 +385,45 @@ def test_no_call_runs_the_network_twice():
         rule(inputs)
     rule(inputs)
     assert rule.network[1].num_batches_tracked == 5
+
+
+PYTHONS = {
+    "sample": lambda _: random.sample(range(6), 6)[0],
+    "object": lambda settings: settings.generator.random(),
+    "list": lambda settings: settings.generators[0].random(),
+}
+
+
+class DrawsInPython(nn.Linear):
+    def __init__(self, draw):
+        super().__init__(6, 3)
+        self.draw, self.settings = (
+            draw,
+            types.SimpleNamespace(generator=random.Random(0), generators=[random.Random(0)]),
+        )
+
+    def forward(self, x):
+        return super().forward(x * self.draw(self.settings))
+
+
+@pytest.mark.filterwarnings("ignore:.*is recorded anew")
+@pytest.mark.parametrize("draw", PYTHONS.values(), ids=list(PYTHONS))
+def test_draws_of_python_are_no_constants(draw):
+    torch.manual_seed(0)
+    rule, network, inputs = align_rules.FeedbackAlignment(DrawsInPython(draw)), DrawsInPython(draw), torch.randn(5, 6)
+    network.load_state_dict(rule.network.state_dict())
+    found = []
+    for called in (rule, network):
+        random.seed(0)
+        found.append([called(inputs) for _ in range(5)])
+    torch.testing.assert_close(*found)
+
+
+def test_a_generator_of_python_is_refused():
+    network = DrawsInPython(lambda settings: next(settings.values))
+    network.settings.values = (k for k in range(100))
+    with pytest.raises(TypeError, match="Python generator, which cannot be put back"):
+        align_rules.FeedbackAlignment(network)(torch.randn(5, 6))
 
 
 REGISTRY = {"numbers": list(range(3))}

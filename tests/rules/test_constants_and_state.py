@@ -366,6 +366,116 @@ def test_a_bias_in_a_weight_has_feedback_where_it_is_named(name):
     torch.testing.assert_close(*found)
 
 
+class Within(nn.Module):
+    """`made` is what the network makes of a matrix, a vector and a third argument, and multiplies activities with."""
+
+    def __init__(self, made, recorded=False):
+        super().__init__()
+        self.i, self.made, self.recorded = nn.Linear(4, 5), made, recorded
+        self.W, self.v = nn.Parameter(torch.randn(2, 5, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x, number=1):
+        if self.recorded and x.sum() > 1e9:
+            x = x + 1
+        return torch.tanh(self.i(x)) @ self.made(self.W, self.v, number)
+
+
+def _row(W, v, _):
+    W = W[0].clone()
+    W[0] = v
+    return W
+
+
+def _diagonal(W, v, _):
+    W = W[0].clone()
+    W.diagonal().copy_(v)
+    return W
+
+
+EYE = torch.eye(5, dtype=torch.bool)
+TERMS = [
+    _row, _diagonal, lambda W, v, _: torch.where(EYE, v, W[0]), lambda W, v, _: W[0].masked_scatter(EYE, v),
+    lambda W, v, _: torch.addcmul(W[0], v, v[:, None]), lambda W, v, _: torch.addr(W[0], v, v),
+    lambda W, v, _: torch.addmm(W[0], v[:, None], v[None]), lambda W, v, _: torch.lerp(W[0], v, 0.5),
+    lambda W, v, _: W[0].index_add(0, torch.tensor([0]), v[None]), lambda W, v, _: torch.maximum(W[0], v),
+]  # fmt: skip
+GAINS = [
+    lambda W, v, _: W[0] * v, lambda W, v, _: W[0] / v.exp(), lambda W, v, _: W[0] @ torch.diag(v),
+    lambda W, v, _: F.layer_norm(W[0], (5,), v), lambda W, v, _: F.rms_norm(W[0], (5,), v),
+    lambda W, v, _: F.batch_norm(W[0], None, None, v, training=True), lambda W, v, _: torch.where(v > 0, W[0], 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", TERMS)
+def test_a_vector_that_is_put_into_a_weight_is_named(made):
+    with pytest.raises(ValueError, match=r"the weight \('v',\) has no feedback"):
+        align_rules.FeedbackAlignment(Within(made))(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("made", GAINS)
+def test_a_vector_that_scales_a_weight_is_a_gain(made):
+    align_rules.verify(align_rules.AlignProp(Within(made)), lambda output: output.sin().sum(), torch.randn(6, 4))
+
+
+NUMBERS = {  # a weight that a number chooses or scales; the number, and what it is in Python
+    "entry": (lambda W, v, k: W[k], torch.tensor(1), 1),
+    "item": (lambda W, v, k: W[int(k)], torch.tensor(1), 1),
+    "scale": (lambda W, v, s: W[0] * float(s), torch.tensor(0.5), 0.5),
+    "slice": (lambda W, v, n: W[0, :, : int(n)], torch.tensor(3), 3),
+}
+
+
+@pytest.mark.parametrize("name", ["fa", "align_ada"])
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_number_that_leaves_torch_is_a_constant(kind, name):
+    (made, number, as_it_is), found = NUMBERS[kind], []
+    for recorded, given in ((False, as_it_is), (False, number), (True, number)):
+        torch.manual_seed(0)
+        network = Within(made, recorded)
+        rule = align_rules.RULES[name](network)
+        with torch.no_grad():
+            network.W.mul_(2)
+        rule(torch.randn(6, 4), given).square().sum().backward()
+        found.append([network.W.grad, network.i.weight.grad])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+class SlowNoise(Net):
+    def __init__(self, recorded):
+        super().__init__(recorded)
+        self.register_buffer("noise", torch.ones(2, 5))
+
+    def called(self, x, product):
+        before, after = self.noise
+        h = torch.tanh(torch.tanh(self.i(x) + before) + after)
+        self.noise.mul_(0.9).add_(torch.randn(2, 5))
+        return h
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["align_ada", "align_zero"])
+def test_a_view_is_read_before_its_buffer_is_written(name, recorded):
+    network = SlowNoise(recorded)
+    align_rules.verify(align_rules.RULES[name](network), lambda output: output.square().sum(), torch.randn(6, 4))
+
+
+class OfASize(Net):
+    def called(self, x, product):
+        h = torch.tanh(self.i(x))
+        return h + h.data.new(h.size()).normal_() + torch.distributions.Laplace(torch.zeros_like(h), 0.1).sample()
+
+
+def test_a_size_is_no_data_in_a_recorded_call():
+    align_rules.verify(align_rules.AlignProp(OfASize(True)), lambda output: output.square().sum(), torch.randn(6, 4))
+
+
+def test_arrays_are_handed_to_recorded_calls_as_tensors():
+    network, array = Within(lambda W, v, array: W[0] * torch.as_tensor(array), True), torch.ones(5).numpy()
+    with pytest.raises(TypeError, match=r"hand over a tensor: torch.as_tensor"):
+        align_rules.FeedbackAlignment(network)(torch.randn(6, 4), array)
+
+
 class Fixates(nn.Module):
     """Steps before the stimulus, from zeros or from the state that the network keeps."""
 
