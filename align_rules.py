@@ -1126,8 +1126,8 @@ def _compared(
     for call in calls:
         with _undisturbed(network, values):
             for parameter in network.parameters():
-                parameter.data = _not_zero(parameter.data)
-            generators = [random, *(v for v in _Held(network).others if issubclass(type(v), random.Random))]
+                parameter.data = _not_zero(parameter.data.clone())  # into which the network may write
+            generators = [random, *(v for v in _Held(network).others if type(v) is random.Random)]
             for generator in generators:  # from whose first draws Dynamo may have made constants
                 generator.getrandbits(10**4)
             output = call()
@@ -1356,7 +1356,8 @@ class Graph:
         elsewhere = {(frozenset(k.names), str(k.weight.meta["val"].numel())) for k in self.layers.values()}
         whole = {of for of, _ in elsewhere}
         self.unclear = set()
-        for node, read, weight in others:
+        # Two learned factors first: what makes the weight among them, with constants, is then no layer.
+        for node, read, weight in sorted(others, key=lambda other: self.kinds[other[1]] == FIXED):
             of_read, of_weight = self.sources.get(read, frozenset()), self.sources[weight]
             if node in weighing or node in self.layers:
                 continue
@@ -2126,6 +2127,7 @@ SPELLED = {
 }  # fmt: skip
 
 
+@has_side_effect  # as every draw: what is drawn later depends on it
 def bernoulli(like: Tensor, p: float, **keywords) -> Tensor:
     """Drawn in the order of the tensor's memory, as dropout does."""
     return torch.empty_like(like).bernoulli_(p, **keywords)
@@ -2247,6 +2249,8 @@ def _reason(error: BaseException) -> str:
     text = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = [line.removeprefix("Explanation: ") for line in text if line.startswith("Explanation: ")]
     told = text[1:2] if text[0].endswith("raised:") else told  # an error in what Dynamo calls
+    if "created in no_grad mode" in str(error):
+        text[0] = "the network writes into its parameters, or into activities, under torch.no_grad; do so outside"
     return f"{': '.join([text[0], *told[:1]])} (at {_line(error)})"
 
 
@@ -2682,7 +2686,7 @@ def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
             bits = value.bit_generator
             found.append((lambda bits=bits: bits.state, functools.partial(setattr, bits, "state")))
         for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
-            if hasattr(kind, get) and hasattr(kind, put):
+            if hasattr(kind, get) and hasattr(kind, put) and kind is not random.SystemRandom:
                 found.append((getattr(value, get), getattr(value, put)))
     return found
 

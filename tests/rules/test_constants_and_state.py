@@ -441,6 +441,36 @@ def test_a_number_that_leaves_torch_is_a_constant(kind, name):
     torch.testing.assert_close(found[2], found[0])
 
 
+class Dale(nn.Module):
+    """Whose recurrent weight is made of a learned one and signs, once or in every step; with a learned start."""
+
+    def __init__(self, once):
+        super().__init__()
+        self.i, self.o, self.once = nn.Linear(4, 5), nn.Linear(5, 3), once
+        self.W, self.h0 = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(1, 5))
+        self.register_buffer("signs", torch.tensor([1.0, 1, 1, -1, -1]).diag())
+
+    def forward(self, x):
+        h, made = self.h0.expand(len(x), 5), self.W.abs() @ self.signs
+        for _ in range(3):
+            h = torch.tanh(self.i(x) + h @ (made if self.once else self.W.abs() @ self.signs))
+        return self.o(h)
+
+
+@pytest.mark.parametrize("name", ["align_prop", "align_ada"])
+def test_a_weight_may_be_made_anew_in_every_step(name):
+    found = []
+    for once in (True, False):
+        torch.manual_seed(0)
+        network = Dale(once)
+        rule = align_rules.RULES[name](network)
+        with torch.no_grad():
+            network.W.mul_(1.5)
+        rule(torch.randn(6, 4)).square().sum().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*found)
+
+
 class SlowNoise(Net):
     def __init__(self, recorded):
         super().__init__(recorded)

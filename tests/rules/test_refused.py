@@ -419,6 +419,46 @@ def test_a_batch_of_zeros_proves_nothing():
         rule(torch.randn(5, 6))
 
 
+class Writes(nn.Module):
+    """Into a parameter: a Hebbian layer, the signs of Dale's law, decay."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.a, self.b, self.write = nn.Linear(6, 7), nn.Linear(7, 3), write
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.write(self.a.weight)
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("write", [lambda W: W.add_(1), lambda W: W.clamp_(min=0), lambda W: W.data.mul_(0.9)])
+def test_a_refused_network_is_left_as_it_was(write, learns):
+    network = Writes(write)
+    network.a.weight.requires_grad_(learns)
+    before = network.a.weight.detach().clone()
+    with pytest.raises(TypeError, match="network writes into its parameters"):
+        align_rules.AlignAda(network)(torch.randn(5, 6))
+    assert torch.equal(network.a.weight, before)
+
+
+class Auxiliary(nn.Sequential):
+    def forward(self, x):
+        h = F.dropout(torch.relu(self[0](x)))
+        F.dropout(h)  # for an output that is not asked for
+        return self[2](h)
+
+
+def test_a_draw_that_is_not_used_is_drawn():
+    rule, network, inputs, found = align_rules.AlignAda(Auxiliary(*mlp())), Auxiliary(*mlp()), torch.randn(5, 6), []
+    network.load_state_dict(rule.network.state_dict())
+    for called in (rule, network):
+        torch.manual_seed(0)
+        found.append([called(inputs) for _ in range(3)])
+    torch.testing.assert_close(*found)
+
+
 def test_the_last_layer_is_a_module_whatever_its_weight_is_made_of():
     network = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(7, 3)))
     assert {name.partition(".")[0] for name in align_rules.LastLayer(network).learns} == {"2"}
