@@ -780,7 +780,8 @@ class DirectFeedbackAlignment(Rule):
             if node in inside and _operator(activation) in ACTIVATIONS and isinstance(node.meta["val"], Tensor):
                 end(node)
         if result not in inside:
-            raise ValueError("the network ends in an activation, behind which e is not seen; apply that outside of it")
+            told = "ends in an activation, behind which e is not seen; apply that outside of it"
+            raise ValueError(f"the network {told if ends else 'hands no input to a layer; hand over tensors'}")
         data = [value for place, value in draft.places.items() if _flows(place) and not graph.names[place]]
         now[result] = draft.call(DirectFeedbackAlignment.direct, draft.own("rule"), now[result], ends, data)
         draft.put_back(now)
@@ -2122,6 +2123,7 @@ SPELLED = {
     )},
     # Numbers that leave torch are those of this call, as with item().
     **{f: functools.partial(_read_off, f) for f in (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__repr__)},
+    Tensor.__deepcopy__: lambda tensor, _: tensor.clone(),
     torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, _get_data_attr: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
