@@ -53,7 +53,8 @@ def work(rank: int, place: str, results) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict:
     """(rank, rule) -> its state before the first step, and after the last."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])  # once for both, which takes seconds
     results, place = context.Queue(), str(tmp_path_factory.mktemp("gloo") / "store")
     processes = [context.Process(target=work, args=(rank, place, results)) for rank in range(2)]
     for process in processes:

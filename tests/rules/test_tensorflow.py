@@ -18,9 +18,9 @@ if importlib.util.find_spec("tensorflow") is None:
 
 BATCH, CHANNELS, WIDTH, CLASSES, TIME = 6, 3, 5, 4, 7
 
-# (rows, columns) of the images, strides of the blocks. One size is odd and one even, so stride 2 pads one axis on both
-# sides and the other at its end only. Stride 4 passes over pixels.
-CONVOLUTIONAL = {"strides 1 2 2": ((7, 8), (1, 2, 2)), "strides 4 1 2": ((12, 9), (4, 1, 2))}
+# Strides of the blocks, for images of one size: even rows and odd columns, so that stride 2 pads one axis on both sides
+# and the other at its end only. Stride 4 passes over pixels.
+IMAGE, CONVOLUTIONAL = (12, 9), {"strides 1 2 2": (1, 2, 2), "strides 4 1 2": (4, 1, 2)}
 
 # The published rule leaves the readout of the initial network uncoupled.
 FEEDBACK_KIN = ("fa", "sign_symmetry", "kolen_pollack", "weight_mirror")
@@ -121,7 +121,7 @@ def image_network(kind: str, parameterisation: str) -> tuple[nn.Module, Tensor, 
     if kind == "dense":
         network = networks.FullyConnectedNetwork(CHANNELS, WIDTH, CLASSES, 3, parameterisation)
         return randomise(network), randn(BATCH, CHANNELS), [(WIDTH,)] * 3
-    (rows, columns), strides = CONVOLUTIONAL[kind]
+    strides, (rows, columns) = CONVOLUTIONAL[kind], IMAGE
     network = networks.ConvolutionalNetwork(CHANNELS, WIDTH, strides, CLASSES, parameterisation)
     shapes = [(WIDTH, -(-rows // step), -(-columns // step)) for step in np.cumprod(strides)]
     return randomise(network), randn(BATCH, CHANNELS, rows, columns), shapes
@@ -146,10 +146,7 @@ def test_images(rule_name, kind, parameterisation, worker):
     output = rule(images)
     ((output - targets) ** 2).mean().backward()
 
-    options = {
-        "strides": CONVOLUTIONAL[kind][1] if kind in CONVOLUTIONAL else (1, 1, 1),
-        "ntk": parameterisation == "ntk",
-    }
+    options = {"strides": CONVOLUTIONAL.get(kind, (1, 1, 1)), "ntk": parameterisation == "ntk"}
     weights = list(feedback.values()) if isinstance(feedback, dict) else feedback or []
     arrays = (
         images.movedim(1, -1).numpy(),
@@ -203,7 +200,7 @@ def test_pairs_of_networks(kind, worker):
     squared = (output - targets) ** 2
     (squared.mean(0).sum() if kind == "recurrent" else squared.mean()).backward()
 
-    options = {"strides": CONVOLUTIONAL[kind][1] if kind in CONVOLUTIONAL else (1, 1, 1), "ntk": True}
+    options = {"strides": CONVOLUTIONAL.get(kind, (1, 1, 1)), "ntk": True}
     name, options = ("Recurrent", {}) if kind == "recurrent" else ("Layered", options)
     arrays = arranged_inputs, targets.numpy(), parameters(pair.network), theta0
     value, of_normal, of_align = worker.submit(reference_pair, name, options, *arrays).result()

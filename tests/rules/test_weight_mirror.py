@@ -84,10 +84,10 @@ def test_a_mirror_step_of_a_convolution_by_hand():
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_angles_fall():
-    network, images = Padded(), torch.randn(16, 2, 8, 8)
+    network, images = Padded(), torch.randn(96, 2, 8, 8)
     rule = WeightMirror(network, rate=1e-3)
     assert all(degrees > 45 for degrees in align_rules.feedback_angles(rule).values())
-    for _ in range(600):
+    for _ in range(100):
         rule.mirror(images)
     angles = align_rules.feedback_angles(rule)
     assert all(degrees < 12 for degrees in angles.values()), angles
