@@ -220,6 +220,8 @@ NETWORKS = {
                                 o=nn.Linear(16, CLASSES)), sequences),
     "cells": (lambda: Function(lambda s, x: s.o(s.l(s.g(x[:, 0]))[0] + s.r(x[:, 1])), g=nn.GRUCell(SIZE, 8),
                                l=nn.LSTMCell(8, 8), r=nn.RNNCell(SIZE, 8), o=nn.Linear(8, CLASSES)), sequences),
+    "fused": (lambda: Function(lambda s, x: s.o(s.l(s.g(x)[0])[0]), g=nn.GRU(SIZE, 5, batch_first=True),
+                               l=nn.LSTM(5, 4, batch_first=True), o=nn.Linear(4, CLASSES)), sequences),
     "transformer": (lambda: Function(
         lambda s, x: s.o(s.d(s.t(s.e(x)), s.e(x)).mean(1)), e=nn.Linear(SIZE, 8), o=nn.Linear(8, CLASSES),
         t=nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True),
@@ -380,7 +382,7 @@ def test_state_is_known_by_whatever_name():
 
 
 @pytest.mark.parametrize(
-    "kind", ["own matrices, einsum", "convolutions", "LSTM tagger", "transformer", "weight norm", "tied", "spikes"]
+    "kind", ["own matrices, einsum", "convolutions", "fused", "transformer", "weight norm", "tied", "spikes"]
 )
 def test_other_batch_sizes(kind, monkeypatch):
     """The first is written down, so is the second; the third is not (but torch's fused modules may fix their sizes)."""
@@ -392,4 +394,11 @@ def test_other_batch_sizes(kind, monkeypatch):
     for size in (BATCH, 5, 7):
         align_rules.verify(rule, mean_square, *(t[torch.arange(size) % BATCH] for t in inputs))
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)  # its einsum of three dimensions fixes sizes
-    assert len(written) == 2 or kind in ("LSTM tagger", "transformer", *["own matrices, einsum"][: int(old)])
+    assert len(written) == 2 or kind in ("fused", "transformer", *["own matrices, einsum"][: int(old)])
+
+
+def test_other_sizes_of_images():
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, stride=2), nn.Tanh()
+    rule = align_rules.AlignAda(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, CLASSES)))
+    for size in ((8, 9), (11, 9), (12, 7)):
+        align_rules.verify(rule, mean_square, torch.randn(BATCH, 2, *size), double=True)
