@@ -3,6 +3,7 @@
 Each network is called as Dynamo writes it down, and recorded.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -314,6 +315,22 @@ def test_the_initial_network_has_its_own_statistics_however_they_are_kept(name):
         found.append([p.grad for p in rule.network.parameters()] + [rule.initial.named()["running_mean"]])
     assert found[0][-1].all()
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_the_initial_network_has_its_own_vectors_of_spectral_norm(normalise):
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), normalise(nn.Linear(5, 3)))
+    rule, initial = align_rules.AlignAda(network), copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn(parameter.shape)
+    for _ in range(3):
+        rule(torch.randn(6, 4))
+        initial(torch.randn(6, 4))
+    kept, current = rule.initial.named(), dict(network.named_buffers())
+    for name, vector in initial.named_buffers():
+        torch.testing.assert_close(kept[name], vector)
+        assert not torch.allclose(current[name], vector)
 
 
 class Cell(nn.Module):
