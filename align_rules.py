@@ -1680,14 +1680,12 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
 
         always, proofs = recorded()
         if not always:
-            drawn = random.getstate()  # from which Dynamo may draw before it runs the graph
             known, before = rule.known, rule.known.in_a_row
             try:
-                output = _written_down(rule, inputs, keywords, hooks, drawn)
+                output = _written_down(rule, inputs, keywords, hooks)
                 known.in_a_row = 0 if known.in_a_row == before else known.in_a_row
                 return output
             except _Refused as refused:
-                random.setstate(drawn)
                 reason = refused
             always, (_, proofs) = not isinstance(reason, _Unasked), recorded()
         if proofs < PROOFS:
@@ -1709,8 +1707,9 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
         return _record(rule, inputs, keywords)
 
 
-def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple, drawn: tuple) -> Any:
+def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple) -> Any:
     """Raises _Refused where that cannot be."""
+    drawn = random.getstate()  # Dynamo draws before it runs the graph
 
     def as_backprop(*call) -> Any:
         before = _Held(rule.network)

@@ -388,6 +388,7 @@ def test_no_call_runs_the_network_twice():
 
 
 PYTHONS = {
+    "random": lambda _: random.random(),
     "sample": lambda _: random.sample(range(6), 6)[0],
     "object": lambda settings: settings.generator.random(),
     "list": lambda settings: settings.generators[0].random(),
