@@ -429,7 +429,7 @@ class FeedbackAlignment(Rule):
         added: names of parameters that are activities: learned initial states of recurrent networks, learned queries.
             (What is only added to activities, as position embeddings are, needs no name.)
         vectors: names of parameters, or of modules, of fewer dimensions that feedback is drawn for as well: those that
-            are weights, or are added to weights, as by an nn.Linear that makes a weight; "" is the whole network.
+            are weights, or a part of weights, as the bias of an nn.Linear that makes one; "" is the whole network.
 
     With B = W it is backprop. By hand: tests/rules/test_updates_by_hand.py.
 
