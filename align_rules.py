@@ -79,6 +79,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import io
 import itertools
 import math
 import operator
@@ -1128,7 +1129,7 @@ def _compared(
         with _undisturbed(network, values):
             for parameter in network.parameters():
                 parameter.data = _not_zero(parameter.data.clone())  # into which the network may write
-            generators = [random, *(v for v in _Held(network).others if type(v) is random.Random)]
+            generators = [random, *(v for v in _Held(network, values).others if type(v) is random.Random)]
             for generator in generators:  # from whose first draws Dynamo may have made constants
                 generator.getrandbits(10**4)
             output = call()
@@ -1246,10 +1247,10 @@ MEETING = REARRANGING | _named_operators(
 # Where factors, also gains, stand among an operator's arguments.
 FACTORS = {
     **dict.fromkeys(("mul", "div", "mm", "bmm", "mv", "dot", "native_group_norm", "native_batch_norm", "_prelu_kernel",
-                     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_weight_norm_interface"),
-                    (0, 1)),
+                     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_weight_norm_interface",
+                     "_native_batch_norm_legit_no_training", "convolution"), (0, 1)),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), (0, 2)),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv"), (1, 2)),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv", "addcmul"), (1, 2)),
 }  # fmt: skip
 # What is made of the shape of its argument alone, and a number that leaves torch.
 UNLEARNED = _named_operators(
@@ -1354,8 +1355,8 @@ class Graph:
         meeting = self.behind([*given, *(node for node in self.nodes if self.kinds[node] == ACTIVITY)], parts)
         activated = self.behind((a for n in self.nodes if _operator(n) in ACTIVATIONS for a in parts(n)), parts)
         known = {name for layer in self.layers.values() for name in layer.names}
-        elsewhere = {(frozenset(k.names), str(k.weight.meta["val"].numel())) for k in self.layers.values()}
-        whole = {of for of, _ in elsewhere}
+        elsewhere = {self.made(layer.weight) for layer in self.layers.values()}
+        whole = {of for of, *_ in elsewhere}
         self.unclear = set()
         # Two learned factors first: what makes the weight among them, with constants, is then no layer.
         for node, read, weight in sorted(others, key=lambda other: self.kinds[other[1]] == FIXED):
@@ -1365,9 +1366,7 @@ class Graph:
             if self.layers and node not in meeting:
                 self.unclear |= {node} if self.kinds[read] == FIXED and node in activated else set()
             # Of two learned factors that is the weight which is one elsewhere, as in a recurrent network's first step.
-            elif self.kinds[read] == FIXED or (
-                (of_weight, str(weight.meta["val"].numel())) in elsewhere and not of_read & of_weight
-            ):
+            elif self.kinds[read] == FIXED or (self.made(weight) in elsewhere and not of_read & of_weight):
                 return node, read
             # Penalties of weights stay as they stand, and what is made of what makes weights, as their biases are.
             elif of_read and not (
@@ -1378,10 +1377,18 @@ class Graph:
 
     def behind(self, nodes: Iterable, parts: Callable[[fx.Node], Iterable]) -> set[fx.Node]:
         """These nodes, their parts, the parts of these, and so on."""
-        found = {*nodes}
-        for node in reversed(self.nodes):
-            found |= {*parts(node)} if node in found else set()
+        found, more = set(), [*nodes]
+        while more:
+            if (node := more.pop()) not in found:
+                found.add(node)
+                more += parts(node)
         return found
+
+    def made(self, weight: fx.Node) -> tuple:
+        """Of which parameters a weight is made and how, less what rearranges it; and its size."""
+        chain = self.behind([weight], lambda node: self.sources.keys() & {*node.all_input_nodes})
+        operators = sorted(_operator(node) for node in chain if node.op != "placeholder" and not _rearranges(node))
+        return self.sources[weight], str(weight.meta["val"].numel()), *operators
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         """What a node's value is made of: all of its inputs that are not fixed, and have a gradient."""
@@ -1411,9 +1418,9 @@ class Graph:
         for node in self.behind((layer.weight for layer in layers), learned):
             bare = [part for part in learned(node) if self.sources[part].isdisjoint(names)]
             factors = [node.args[k] for k in FACTORS.get(_operator(node), ()) if k < len(node.args)]
-            scaled = {*factors} if not {*factors} <= {*bare} else set()
-            if len(bare) < len(learned(node)):
-                found += [tuple(self.sources[part]) for part in bare if part not in scaled]
+            named = {*learned(node)} - {*bare}
+            gains = factors if named.intersection(factors) else []
+            found += [tuple(self.sources[part]) for part in bare if named and part not in gains]
         return sorted(found)
 
     def require_layers(self) -> None:
@@ -1547,33 +1554,36 @@ class Draft:
 
         Args:
             cut: computes a layer's output in its own way, from the layer and the values.
-            first: the values of places in the initial network, which is followed beside the current one, operator by
-                operator, so that in the backward pass errors are used up where they are made.
+            first: the values of places in the initial network.
             own: names of what the initial network has of its own: no other state of it is written.
-            coupling: like `cut`, for the initial network; from the layer and the values of both.
+            coupling: like `cut`, for the initial network; from the layer and the values of both. It is then followed
+                beside the current one, and errors are used up where they are made; without, after it.
         """
-        now, layers = {**now}, self.graph.layers
-        first, others = {**(first or {})}, {place for place, name in self.graph.names.items() if name in own}
+        now, first, layers, states = {**now}, {**(first or {})}, self.graph.layers, {}
+        others = {place for place, name in self.graph.names.items() if name in own}  # other values than in `now`
+
+        def initially(node: fx.Node) -> Any:
+            if self.graph.kinds[node] == FIXED:
+                return now[node]
+            if node in states:
+                args, kwargs = map_arg((node.args, node.kwargs), first.__getitem__)
+                return self.call(_with_draws_again(node.target), states[node], *args, **kwargs)
+            return coupling(layers[node], first, now) if coupling and node in layers else self.again(node, first)
+
         for node in self.graph.nodes:
-            draws = self.call(_generators_now) if first and _may_draw_inside(node) else None
-            now[node] = cut(layers[node], now) if cut and node in layers else self.again(node, now)
-            others |= {node} if others & {*node.all_input_nodes} else set()  # other values than in the current network
+            others |= {node} if others & {*node.all_input_nodes} else set()
             if others & {*_selecting(node)} and self.graph.kinds[node] == ACTIVITY:
                 raise TypeError(
                     f"{_operator(node)} at {_line(node)} selects entries by activities' values, and in the initial "
                     "network others; use torch.where, or a mask that multiplies"
                 )
-            if not first:
-                continue
-            if self.graph.kinds[node] == FIXED:
-                first[node] = now[node]
-            elif draws is not None:
-                args, kwargs = map_arg((node.args, node.kwargs), first.__getitem__)
-                first[node] = self.call(_with_draws_again(node.target), draws, *args, **kwargs)
-            elif coupling and node in layers:
-                first[node] = coupling(layers[node], first, now)
-            else:
-                first[node] = self.again(node, first)
+            if first and _may_draw_inside(node):
+                states[node] = self.call(_generators_now)
+            now[node] = cut(layers[node], now) if cut and node in layers else self.again(node, now)
+            if coupling:
+                first[node] = initially(node)
+        for node in self.graph.nodes if first else ():
+            first[node] = first[node] if coupling else initially(node)
         self.put_back(now)
         for place, node in self.graph.renewed.items():
             if first and (name := self.graph.names[place]) in own:
@@ -2197,6 +2207,9 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     given = (*network.parameters(), *_tensors((inputs, keywords, arguments)))
     watched = list({id(t): t for t in given if t.requires_grad}.values())
     name = type(network).__name__
+    kinds = {type(value) for value in _Held(network, inputs, keywords).others}
+    if any(issubclass(kind, Iterator) and not issubclass(kind, io.IOBase) for kind in kinds):
+        raise TypeError(f"{name} has an iterator, which cannot be put back when proof has been taken; {REMEDY}")
 
     def written_down() -> Any:
         try:
@@ -2210,8 +2223,6 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
         raise TypeError(
             f"{name} returns something in which tensors cannot be found; let it return tensors, in tuples or dicts"
         )
-    if any(type(value) is types.GeneratorType for value in _Held(network).others):
-        raise TypeError(f"{name} has a Python generator, which cannot be put back when proof has been taken; {REMEDY}")
     names = {id(p): f"the gradient of {key}" for key, p in network.named_parameters()}
     told = [f"output {k}" for k in range(len(outputs))]
     told += [names.get(id(t), f"the gradient of a tensor {tuple(t.shape)}") for t in watched]

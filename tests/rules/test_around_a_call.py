@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import gc
+import itertools
 import random
 import types
 import warnings
@@ -11,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rules_helpers import TRANSPORTING, loss, mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -420,11 +422,22 @@ def test_draws_of_python_are_no_constants(draw):
     torch.testing.assert_close(*found)
 
 
-def test_a_generator_of_python_is_refused():
+def test_a_generator_may_be_handed_over():
+    torch.manual_seed(0)
+    network, inputs = nn.Linear(6, 3), torch.randn(5, 6)
+    network.forward = lambda x, generator: F.linear(x * generator.random(), network.weight)
+    rule, generators = align_rules.FeedbackAlignment(network), [random.Random(0), random.Random(0)]
+    found = [[called(inputs, g) for _ in range(4)] for called, g in zip((rule, network), generators, strict=True)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("iterator", [lambda: (k for k in range(9)), lambda: iter(range(9)), itertools.count])
+def test_an_iterator_is_refused(iterator):
     network = DrawsInPython(lambda settings: next(settings.values))
-    network.settings.values = (k for k in range(100))
-    with pytest.raises(TypeError, match="Python generator, which cannot be put back"):
+    network.settings.values = iterator()
+    with pytest.raises(TypeError, match="has an iterator, which cannot be put back"):
         align_rules.FeedbackAlignment(network)(torch.randn(5, 6))
+    assert next(network.settings.values) == 0
 
 
 REGISTRY = {"numbers": list(range(3))}

@@ -415,11 +415,14 @@ TERMS = [
     lambda W, v, _: torch.addcmul(W[0], v, v[:, None]), lambda W, v, _: torch.addr(W[0], v, v),
     lambda W, v, _: torch.addmm(W[0], v[:, None], v[None]), lambda W, v, _: torch.lerp(W[0], v, 0.5),
     lambda W, v, _: W[0].index_add(0, torch.tensor([0]), v[None]), lambda W, v, _: torch.maximum(W[0], v),
+    lambda W, v, _: torch.addmm(W[0], v[:, None], torch.ones(1, 5)),
 ]  # fmt: skip
 GAINS = [
     lambda W, v, _: W[0] * v, lambda W, v, _: W[0] / v.exp(), lambda W, v, _: W[0] @ torch.diag(v),
     lambda W, v, _: F.layer_norm(W[0], (5,), v), lambda W, v, _: F.rms_norm(W[0], (5,), v),
     lambda W, v, _: F.batch_norm(W[0], None, None, v, training=True), lambda W, v, _: torch.where(v > 0, W[0], 0),
+    lambda W, v, _: F.batch_norm(W[0], torch.zeros(5), torch.ones(5), v), lambda W, v, _: torch.addcmul(W[0], W[0], v),
+    lambda W, v, _: F.conv1d(W[:1], v.view(1, 1, 5).expand(5, -1, -1), padding=2, groups=5)[0],
 ]  # fmt: skip
 
 
@@ -485,6 +488,32 @@ def test_a_weight_may_be_made_anew_in_every_step(name):
             network.W.mul_(1.5)
         rule(torch.randn(6, 4)).square().sum().backward()
         found.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*found)
+
+
+class SharesEncoder(nn.Module):
+    """Of inputs and of constants, each with a readout of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.code, self.a, self.b = (nn.Linear(n, m, bias=False) for n, m in ((4, 5), (5, 3), (5, 3)))
+
+    def forward(self, x, product=F.linear):
+        a, b = (torch.relu(product(read, self.code.weight)) for read in (x, torch.eye(4)))
+        return product(a, self.a.weight) + product(b, self.b.weight).mean(0)
+
+
+def test_what_shared_layers_make_of_constants_is_an_activity():
+    network = SharesEncoder()
+    rule, x = align_rules.FeedbackAlignment(network), torch.randn(6, 4)
+    B = {id(network.get_parameter(name)): B for name, B in rule.feedback_weights().items()}
+
+    def product(a, weight):  # whose error goes back through B
+        sent = a @ B[id(weight)].T
+        return F.linear(a.detach(), weight) + sent - sent.detach()
+
+    found = [torch.autograd.grad(f.square().sum(), list(network.parameters()))
+             for f in (rule(x), network(x, product))]  # fmt: skip
     torch.testing.assert_close(*found)
 
 
