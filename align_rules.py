@@ -1968,7 +1968,7 @@ class _Walk(fx.Interpreter):
             return torch.ops.align_rules.function.default(tensors, sizes, number)
         if getattr(target, "_name", None) in _INLINED and isinstance(args[0], fx.GraphModule):
             return _Walk(args[0]).run(*args[1:])
-        return super().call_function(target, args, kwargs)
+        return super().call_function(_cut if target is _get_data_attr else target, args, kwargs)
 
 
 def _made_once(forward: fx.GraphModule, backward: fx.GraphModule, order: list[bool], **options) -> Callable:
@@ -2133,7 +2133,7 @@ SPELLED = {
     # Numbers that leave torch are those of this call, as with item().
     **{f: functools.partial(_read_off, f) for f in (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__repr__)},
     Tensor.__deepcopy__: lambda tensor, _: tensor.clone(),
-    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, _get_data_attr: _cut,
+    torch.einsum: _einsum, Tensor.detach: _cut, torch.detach: _cut, Tensor.data.__get__: _cut,
     F.dropout: _dropout, torch.dropout: _dropout, F.bilinear: _bilinear, torch.bilinear: _bilinear,
 }  # fmt: skip
 

@@ -536,14 +536,19 @@ def test_a_view_is_read_before_its_buffer_is_written(name, recorded):
     align_rules.verify(align_rules.RULES[name](network), lambda output: output.square().sum(), torch.randn(6, 4))
 
 
-class OfASize(Net):
+class Data(Net):
+    """Reads .data, and a size from there."""
+
     def called(self, x, product):
         h = torch.tanh(self.i(x))
-        return h + h.data.new(h.size()).normal_() + torch.distributions.Laplace(torch.zeros_like(h), 0.1).sample()
+        return (
+            h * h.data + h.data.new(h.size()).normal_() + torch.distributions.Laplace(torch.zeros_like(h), 0.1).sample()
+        )
 
 
-def test_a_size_is_no_data_in_a_recorded_call():
-    align_rules.verify(align_rules.AlignProp(OfASize(True)), lambda output: output.square().sum(), torch.randn(6, 4))
+@pytest.mark.parametrize("recorded", [False, True])
+def test_data_is_read(recorded):
+    align_rules.verify(align_rules.AlignProp(Data(recorded)), lambda output: output.square().sum(), torch.randn(6, 4))
 
 
 def test_arrays_are_handed_to_recorded_calls_as_tensors():
