@@ -1747,7 +1747,8 @@ def _enter(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple | None) -> An
     known, distribution = rule.known, torch.distributions.Distribution
     # Its checks of values cannot be written down; Dynamo would leave them off for ever.
     validates, distribution._validate_args = distribution._validate_args, False
-    _now.rule, _now.hooks, _now.read = rule, hooks, None
+    _forget_last()
+    _now.rule, _now.hooks = rule, hooks
     try:
         if known.entry is None:
             known.entry = _entry_of(known)
@@ -2320,10 +2321,8 @@ class _Record(TorchDispatchMode):
         self.given = {id(t) for t in handed.tensors}
         if any(type(value).__name__ == "ndarray" and value.dtype.kind in "fc" for value in handed.others):
             raise TypeError("a NumPy array is handed to the network; hand over a tensor: torch.as_tensor(array)")
+        _forget_last()
         collects, functions = gc.isenabled(), False
-        if collects:  # the nodes of the last call, which refer to each other
-            _now.read = None
-            gc.collect(1)
         gc.disable()  # what the call leaves in cycles stays young, and is found
         try:
             with self, _Functional() as functional, _AtUse(functional) as at_use:
@@ -2397,6 +2396,17 @@ class _Record(TorchDispatchMode):
         for k, part in enumerate(result if isinstance(result, tuple | list) else ()):
             self.noted(part, self.graph.call_function(operator.getitem, (node, k)))
         return result
+
+
+def _forget_last() -> None:
+    """Take the graph of the last recorded call apart: its nodes refer to each other, which Python would find late."""
+    if _now.read and not _now.read[1]:
+        graph = _now.read[0].nodes[0].graph
+        for node in [*reversed(graph.nodes)]:  # a node then refers to those before it alone
+            node.users.clear()
+            node._remove_from_list()
+        vars(graph).clear()
+    _now.read = None
 
 
 def _overlap(*tensors: Tensor) -> bool:

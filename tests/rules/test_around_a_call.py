@@ -440,6 +440,20 @@ def test_an_iterator_is_refused(iterator):
     assert next(network.settings.values) == 0
 
 
+def test_recorded_calls_leave_no_graphs():
+    rule, inputs, counts = align_rules.AlignAda(branching()), torch.randn(5, 6), []
+    rule(inputs)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            rule(inputs).sum().backward()
+            counts.append(sum(type(held) is torch.fx.Node for held in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[-1] < 2 * counts[0]
+
+
 REGISTRY = {"numbers": list(range(3))}
 REGISTRY["itself"] = REGISTRY
 
