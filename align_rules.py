@@ -1159,7 +1159,8 @@ def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor | None]:
     with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
         try:
             # What the inputs come from stays the caller's.
-            return list(torch.autograd.grad(loss, of, allow_unused=True, retain_graph=True))
+            gradients = torch.autograd.grad(loss, of, allow_unused=True, retain_graph=True)
+            return [None if gradient is None else gradient.to_dense() for gradient in gradients]
         except RuntimeError as error:
             raise TypeError(f"its gradient cannot be compared: {_reason(error)}. {REMEDY}") from error
 
@@ -1419,7 +1420,9 @@ class Graph:
             bare = [part for part in learned(node) if self.sources[part].isdisjoint(names)]
             factors = [node.args[k] for k in FACTORS.get(_operator(node), ()) if k < len(node.args)]
             named = {*learned(node)} - {*bare}
-            gains = factors if named.intersection(factors) else []
+            # Entry by entry a gain leaves the size as it is; m n^T is none.
+            sizes = {str(part.meta["val"].shape) for part in (node, *named)} if _is_pointwise(node) else {node}
+            gains = factors if named.intersection(factors) and len(sizes) == 1 else []
             found += [tuple(self.sources[part]) for part in bare if named and part not in gains]
         return sorted(found)
 
@@ -1719,7 +1722,9 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
 
 def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple) -> Any:
     """Raises _Refused where that cannot be."""
-    drawn = random.getstate()  # Dynamo draws before it runs the graph
+    handed = (value for value in (*inputs, *keywords.values()) if type(value) is random.Random)
+    generators = (random, *rule.known.generators, *handed)
+    drawn = [(generator, generator.getstate()) for generator in generators]  # Dynamo draws before it runs the graph
 
     def as_backprop(*call) -> Any:
         before = _Held(rule.network)
@@ -1732,7 +1737,8 @@ def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple) -> An
             return _enter(rule, inputs, keywords, hooks)
         except _Unproved as unproved:
             capture, arguments = unproved.args
-        random.setstate(drawn)
+        for generator, state in drawn:
+            generator.setstate(state)
         try:
             told = _prove(rule.network, inputs, keywords, as_backprop, arguments)
         except TypeError as error:
@@ -2727,6 +2733,7 @@ class _Anatomy:
         self.names = {id(t): name for name, t in (*buffers.items(), *self.parameters.items())}
         self.statistics = {name: t for name, t in buffers.items() if self.of_normalisation(*name.rpartition("."))}
         self.parts, self.number, self.entry, self.in_a_row = self.found(), next(_COUNT), None, 0
+        self.generators = [value for value in _Held(network).others if type(value) is random.Random]
 
     def of_normalisation(self, path: str, _, name: str) -> bool:
         owner, weight = self.modules[path], name.removesuffix("_u").removesuffix("_v")

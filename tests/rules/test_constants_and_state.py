@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is recorded anew")
 
 @pytest.fixture(autouse=True)
 def double():
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -415,7 +416,7 @@ TERMS = [
     lambda W, v, _: torch.addcmul(W[0], v, v[:, None]), lambda W, v, _: torch.addr(W[0], v, v),
     lambda W, v, _: torch.addmm(W[0], v[:, None], v[None]), lambda W, v, _: torch.lerp(W[0], v, 0.5),
     lambda W, v, _: W[0].index_add(0, torch.tensor([0]), v[None]), lambda W, v, _: torch.maximum(W[0], v),
-    lambda W, v, _: torch.addmm(W[0], v[:, None], torch.ones(1, 5)),
+    lambda W, v, _: torch.addmm(W[0], v[:, None], torch.ones(1, 5)), lambda W, v, _: W[0, :, :1] * v,
 ]  # fmt: skip
 GAINS = [
     lambda W, v, _: W[0] * v, lambda W, v, _: W[0] / v.exp(), lambda W, v, _: W[0] @ torch.diag(v),
