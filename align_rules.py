@@ -1141,7 +1141,7 @@ def _compared(
                 outside = (t for t, n in zip(leaves[1:], holders, strict=True) if n > unheld)
                 watched = [*watched, *(t for t in outside if not any(t is other for other in watched))]
             kept = [t.detach().clone() for t in _Held(network, values).buffers()]
-            kept += [torch.tensor(hash(generator.getstate())) for generator in generators]
+            kept += [torch.tensor(hash(generator.getstate()), device="cpu") for generator in generators]
             gradients = _gradients(loss_function(output), watched)
             found.append(([f.detach().clone() for f in _tensors(output)], gradients, kept))
     return watched, *found
