@@ -454,6 +454,17 @@ def test_recorded_calls_leave_no_graphs():
     assert counts[-1] < 2 * counts[0]
 
 
+@pytest.mark.parametrize("make", [mlp, branching])
+def test_another_default_device(make):
+    rule, inputs = align_rules.AlignAda(make()), torch.randn(5, 6)
+    torch.set_default_device("meta")
+    try:
+        output = rule(inputs)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(output, rule.network(inputs))
+
+
 REGISTRY = {"numbers": list(range(3))}
 REGISTRY["itself"] = REGISTRY
 
