@@ -79,7 +79,6 @@ import contextlib
 import functools
 import gc
 import inspect
-import io
 import itertools
 import math
 import operator
@@ -1284,11 +1283,12 @@ class Graph:
     instead, and `renewed` either; `unclear` products that may be layers or not.
 
     Args:
+        graph: the call as torch wrote it down, `written`.
         replaced: of tensors in whose place the network puts others, these, by positions (`_Held.replaced`).
     """
 
     def __init__(self, graph: fx.Graph, known: "_Anatomy", arguments: Iterable, activities: Names, replaced: Mapping):
-        *nodes, output = graph.nodes
+        self.written, (*nodes, output) = graph, graph.nodes
         self.places = [node for node in nodes if node.op == "placeholder"]
         given = dict(zip(self.places, arguments, strict=True))
         self.names = {place: known.names.get(id(value)) for place, value in given.items()}
@@ -2215,7 +2215,7 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     watched = list({id(t): t for t in given if t.requires_grad}.values())
     name = type(network).__name__
     kinds = {type(value) for value in _Held(network, inputs, keywords).others}
-    if any(issubclass(kind, Iterator) and not issubclass(kind, io.IOBase) for kind in kinds):
+    if any(issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools") for kind in kinds):
         raise TypeError(f"{name} has an iterator, which cannot be put back when proof has been taken; {REMEDY}")
 
     def written_down() -> Any:
@@ -2407,7 +2407,7 @@ class _Record(TorchDispatchMode):
 def _forget_last() -> None:
     """Take the graph of the last recorded call apart: its nodes refer to each other, which Python would find late."""
     if _now.read and not _now.read[1]:
-        graph = _now.read[0].nodes[0].graph
+        graph = _now.read[0].written
         for node in [*reversed(graph.nodes)]:  # a node then refers to those before it alone
             node.users.clear()
             node._remove_from_list()
