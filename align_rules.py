@@ -1128,7 +1128,7 @@ def _compared(
         with _undisturbed(network, values):
             for parameter in network.parameters():
                 parameter.data = _not_zero(parameter.data.clone())  # into which the network may write
-            generators = [random, *(v for v in _Held(network, values).others if type(v) is random.Random)]
+            generators = _pythons(_Held(network, values).others)
             for generator in generators:  # from whose first draws Dynamo may have made constants
                 generator.getrandbits(10**4)
             output = call()
@@ -1417,13 +1417,13 @@ class Graph:
 
         found = []
         for node in self.behind((layer.weight for layer in layers), learned):
-            bare = [part for part in learned(node) if self.sources[part].isdisjoint(names)]
+            parts, whole = learned(node), str(node.meta["val"].shape) if _is_pointwise(node) else None
+            named = [part for part in parts if not self.sources[part].isdisjoint(names)]
             factors = [node.args[k] for k in FACTORS.get(_operator(node), ()) if k < len(node.args)]
-            named = {*learned(node)} - {*bare}
             # Entry by entry a gain leaves the size as it is; m n^T is none.
-            sizes = {str(part.meta["val"].shape) for part in (node, *named)} if _is_pointwise(node) else {node}
-            gains = factors if named.intersection(factors) and len(sizes) == 1 else []
-            found += [tuple(self.sources[part]) for part in bare if named and part not in gains]
+            scales = whole is None or all(str(part.meta["val"].shape) == whole for part in named)
+            gains = factors if scales and any(part in factors for part in named) else []
+            found += [tuple(self.sources[part]) for part in parts if named and part not in (*named, *gains)]
         return sorted(found)
 
     def require_layers(self) -> None:
@@ -1585,8 +1585,9 @@ class Draft:
             now[node] = cut(layers[node], now) if cut and node in layers else self.again(node, now)
             if coupling:
                 first[node] = initially(node)
-        for node in self.graph.nodes if first else ():
-            first[node] = first[node] if coupling else initially(node)
+        if first and not coupling:
+            for node in self.graph.nodes:
+                first[node] = initially(node)
         self.put_back(now)
         for place, node in self.graph.renewed.items():
             if first and (name := self.graph.names[place]) in own:
@@ -1722,8 +1723,7 @@ def _called(rule: Rule, inputs: tuple, keywords: dict) -> Any:
 
 def _written_down(rule: Rule, inputs: tuple, keywords: dict, hooks: tuple) -> Any:
     """Raises _Refused where that cannot be."""
-    handed = (value for value in (*inputs, *keywords.values()) if type(value) is random.Random)
-    generators = (random, *rule.known.generators, *handed)
+    generators = _pythons((*rule.known.generators, *inputs, *keywords.values()))
     drawn = [(generator, generator.getstate()) for generator in generators]  # Dynamo draws before it runs the graph
 
     def as_backprop(*call) -> Any:
@@ -2214,8 +2214,8 @@ def _prove(network: nn.Module, inputs: tuple, keywords: dict, enter: Callable, a
     given = (*network.parameters(), *_tensors((inputs, keywords, arguments)))
     watched = list({id(t): t for t in given if t.requires_grad}.values())
     name = type(network).__name__
-    kinds = {type(value) for value in _Held(network, inputs, keywords).others}
-    if any(issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools") for kind in kinds):
+    held = {type(value) for value in _Held(network, inputs, keywords).others}
+    if any(issubclass(kind, Iterator) and kind.__module__ in ("builtins", "itertools") for kind in held):
         raise TypeError(f"{name} has an iterator, which cannot be put back when proof has been taken; {REMEDY}")
 
     def written_down() -> Any:
@@ -2704,6 +2704,11 @@ def _undisturbed(network: nn.Module, values: Any = ()):
             write(state)
 
 
+def _pythons(held: Iterable) -> list:
+    """Python's generators of random numbers: its own, and those among what is held."""
+    return [random, *(value for value in held if type(value) is random.Random)]
+
+
 def _generators(held: Iterable) -> list[tuple[Callable, Callable]]:
     """How to read and write the state of Python's and NumPy's generators, and of those that a network holds."""
     found = []
@@ -2733,7 +2738,7 @@ class _Anatomy:
         self.names = {id(t): name for name, t in (*buffers.items(), *self.parameters.items())}
         self.statistics = {name: t for name, t in buffers.items() if self.of_normalisation(*name.rpartition("."))}
         self.parts, self.number, self.entry, self.in_a_row = self.found(), next(_COUNT), None, 0
-        self.generators = [value for value in _Held(network).others if type(value) is random.Random]
+        self.generators = _pythons(_Held(network).others)
 
     def of_normalisation(self, path: str, _, name: str) -> bool:
         owner, weight = self.modules[path], name.removesuffix("_u").removesuffix("_v")

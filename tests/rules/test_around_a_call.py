@@ -400,16 +400,13 @@ PYTHONS = {
 class DrawsInPython(nn.Linear):
     def __init__(self, draw):
         super().__init__(6, 3)
-        self.draw, self.settings = (
-            draw,
-            types.SimpleNamespace(generator=random.Random(0), generators=[random.Random(0)]),
-        )
+        self.draw = draw
+        self.settings = types.SimpleNamespace(generator=random.Random(0), generators=[random.Random(0)])
 
     def forward(self, x):
         return super().forward(x * self.draw(self.settings))
 
 
-@pytest.mark.filterwarnings("ignore:.*is recorded anew")
 @pytest.mark.parametrize("draw", PYTHONS.values(), ids=list(PYTHONS))
 def test_draws_of_python_are_no_constants(draw):
     torch.manual_seed(0)

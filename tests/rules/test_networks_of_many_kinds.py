@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rules_helpers import mean_square
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
 from torch.utils import _pytree as pytree
@@ -298,10 +299,6 @@ def made(kind: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if any(isinstance(p, nn.UninitializedParameter) for p in network.parameters()):
         network(*inputs)
     return network, inputs
-
-
-def mean_square(output: Tensor) -> Tensor:
-    return output.square().mean()
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

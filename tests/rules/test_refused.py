@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from rules_helpers import each_rule, mlp
+from rules_helpers import each_rule, mean_square, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -462,10 +462,6 @@ def test_a_draw_that_is_not_used_is_drawn():
 def test_the_last_layer_is_a_module_whatever_its_weight_is_made_of():
     network = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(7, 3)))
     assert {name.partition(".")[0] for name in align_rules.LastLayer(network).learns} == {"2"}
-
-
-def mean_square(output):
-    return output.square().mean()
 
 
 class SelectsByInputs(nn.Module):
